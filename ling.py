@@ -1,0 +1,944 @@
+"""What is Ling? Ant Group's Mixture-of-Experts language models, both generations, in one file read top to bottom.
+
+A Ling model is a pre-norm decoder like Llama in which most MLPs are replaced by a layer of many small experts, of which each
+token uses a few. A 16-billion-parameter Ling-mini-2.0 spends 1.4 billion on a token.
+
+            tokens (B,S)
+               |  word_embeddings
+               v
+    x (B,S,D) -+-> RMSNorm -> Attention: fused QKV, [QK-norm], RoPE, grouped-query, causal ---+-> x
+               |______________________________________________________________________________|
+               |
+               +-> RMSNorm -> router: scores (T,E) -> k experts and their weights (T,k) each token
+               |                 -> sum_j w_j expert_j(x), each a SwiGLU of width F   (E of them, k run)
+               |              +  shared expert(s): a SwiGLU every token passes through
+               |______________________________________________________________________________+-> x
+      x L blocks (the first `first_k_dense_replace` have a plain SwiGLU of width intermediate_size)
+               v
+            RMSNorm -> [NormHead] lm_head -> logits (B,S,V)        MTP: one more block predicts the token after next
+
+What differs from a Llama-style dense model:
+  - The router, and what keeps the load of its experts even: an auxiliary loss (Ling 1), or a bias on the choice (Ling 2).
+  - Shared experts besides the routed ones. Nothing is ever dropped: an expert takes any number of tokens, none included.
+  - Ling 1 normalises the columns of the output matrix (NormHead). Ling 2 normalises each query and key head, rotates only
+    half of each head's dims, and can predict several tokens ahead (MTP).
+
+                        Ling 1 (lite, plus)                           Ling 2 (mini, flash, 1T)
+    score_function      softmax over all experts                      sigmoid per expert
+    choice              top-k                                         top-k of score + expert_bias, among the best groups
+    weights             chosen scores [over their sum]                chosen scores over their sum, times routed_scaling_factor
+    even load           balance loss, z-loss, routing warm-up         expert_bias moved by the sign of each expert's error
+    norm_head           yes                                           no
+    use_qk_norm         no                                            yes
+    rotary width        all of head_dim                               the first half of it
+    next tokens         1                                             1 + num_nextn_predict_layers
+
+References, quoted beside the line that implements them:
+  [Ling1] Every FLOP Counts, arXiv 2503.05139       [Ling2] Every Activation Boosted, arXiv 2510.22115
+  [DSv3] DeepSeek-V3, arXiv 2412.19437              [LossFree] Auxiliary-loss-free balancing, arXiv 2408.15664
+  [Switch] Switch Transformers, arXiv 2101.03961    [STMoE] ST-MoE, arXiv 2202.08906
+  [RoPE] arXiv 2104.09864    [YaRN] arXiv 2309.00071    [GQA] arXiv 2305.13245
+
+Shapes: B batch, S sequence, T = B*S tokens, D hidden_size, V vocabulary, L blocks, E experts, k experts per token, F expert
+width, H query heads, KV key/value heads, d head_dim, r rotary width. A linear map stores (out, in), as in the releases.
+Tensors are named as in the released files; only the experts are stacked, E matrices in one tensor (section 9).
+"""
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import attention, experts, linear_cross_entropy, norm_head_scale, rms_norm, rope, route, swiglu
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot work. The message names the value, the limit and the remedy in one line."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configuration: the fields of a released config.json
+
+def option(default, help, **kwargs):
+    """A field whose help text stands beside its default; train.py makes its flags from these."""
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class LingConfig:
+    """Field names are the released JSON keys. The last block shapes training only and is in no released file."""
+    vocab_size: int = option(2048, "V, rows of the embedding")
+    hidden_size: int = option(192, "D, width of the residual stream")
+    num_hidden_layers: int = option(4, "L, blocks")
+    num_attention_heads: int = option(6, "H, query heads")
+    num_key_value_heads: int = option(2, "KV, key/value heads, each shared by H/KV query heads")
+    head_dim: int = option(None, "d; absent or 0: hidden_size / heads. heads * head_dim need not equal hidden_size", type=int)
+    intermediate_size: int = option(512, "width of the MLP in dense layers")
+    first_k_dense_replace: int = option(0, "the first so many layers are dense")
+    # experts
+    num_experts: int = option(16, "E, routed experts per MoE layer")
+    num_experts_per_tok: int = option(2, "k, routed experts each token uses")
+    moe_intermediate_size: int = option(128, "F, width of one expert")
+    num_shared_experts: int = option(1, "experts every token uses; together one MLP")
+    moe_shared_expert_intermediate_size: int = option(None, "width of one shared expert; absent: F", type=int)
+    score_function: str = option("sigmoid", "router score", choices=("softmax", "sigmoid"))
+    norm_topk_prob: bool = option(True, "divide the chosen scores by their sum")
+    routed_scaling_factor: float = option(1.0, "multiplies the routed weights, not the shared experts")
+    n_group: int = option(1, "groups the experts are split into")
+    topk_group: int = option(1, "groups a token may choose experts from")
+    moe_router_enable_expert_bias: bool = option(True, "keep the load even by moving a bias (sigmoid router only)")
+    # attention, norms, head
+    use_qk_norm: bool = option(True, "RMSNorm on each query and key head, before the rotation")
+    partial_rotary_factor: float = option(0.5, "part of each head that is rotated")
+    rotary_dim: int = option(None, "r, dims rotated; overrides partial_rotary_factor", type=int)
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rope_scaling: dict = option(None, "JSON, e.g. {\"type\": \"yarn\", \"factor\": 4}", type=json.loads)
+    max_position_embeddings: int = option(4096, "longest sequence the model is meant for")
+    rms_norm_eps: float = option(1e-6, "epsilon of every RMSNorm")
+    use_bias: bool = option(False, "bias on the attention output projection")
+    use_qkv_bias: bool = option(False, "bias on the QKV projection")
+    tie_word_embeddings: bool = option(False, "lm_head shares the embedding matrix")
+    norm_head: bool = option(False, "NormHead: columns of lm_head divided by their norms")
+    # multi-token prediction
+    num_nextn_predict_layers: int = option(0, "MTP blocks, each predicting one token further")
+    mtp_loss_scaling_factor: float = option(0.0, "weight of the MTP loss")
+    initializer_range: float = option(0.006, "std of the initial weights")
+    pad_token_id: int = option(None, "kept for other engines; loss and load go by the targets alone", type=int)
+    eos_token_id: int = option(None, "end of text", type=int)
+    # training only
+    router_aux_loss_coef: float = option(0.0, "weight of the balance loss; Ling 1: 0.015")
+    router_z_loss_coef: float = option(0.0, "weight of the router z-loss; Ling 1: 1e-4, Ling 2: 3.5e-6")
+    router_warmup_steps: int = option(0, "W, steps of stochastic routing warm-up")
+    expert_bias_update_rate: float = option(1e-3, "u, step of the expert bias")
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // max(1, self.num_attention_heads)     # released: null and 0 too
+        self.moe_shared_expert_intermediate_size = self.moe_shared_expert_intermediate_size or self.moe_intermediate_size
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, f.type))):
+                if not (value is None and f.default is None):
+                    raise BadInput(f"{f.name}={value!r} must be a number ({f.type.__name__})")
+            if f.type is bool and not isinstance(value, bool):
+                raise BadInput(f"{f.name}={value!r} must be true or false")
+        zero = {"first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers", "router_warmup_steps", "pad_token_id",
+                "eos_token_id"}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and value is not None and value < (f.name not in zero):
+                raise BadInput(f"{f.name}={value} must be at least {int(f.name not in zero)}")
+            if f.type is float and not 0 <= value < math.inf:
+                raise BadInput(f"{f.name}={value} must be a finite number of at least 0")
+        H, KV, E, k, G = (self.num_attention_heads, self.num_key_value_heads, self.num_experts, self.num_experts_per_tok,
+                          self.n_group)
+        check = lambda ok, message: None if ok else (_ for _ in ()).throw(BadInput(message))
+        check(H % KV == 0, f"num_attention_heads={H} is not a multiple of num_key_value_heads={KV}; choose a divisor of {H}")
+        check(k <= E, f"num_experts_per_tok={k} exceeds num_experts={E}; lower it to {E} or less")
+        check(E % G == 0, f"num_experts={E} does not divide into n_group={G} equal groups; choose a divisor of {E}")
+        check(self.topk_group <= G, f"topk_group={self.topk_group} exceeds n_group={G}; lower it to {G} or less")
+        check(self.topk_group * (E // G) >= k, f"topk_group={self.topk_group} groups of {E // G} experts hold fewer than "
+              f"num_experts_per_tok={k}; raise topk_group to {-(-k * G // E)} or more")
+        check(self.score_function in ("softmax", "sigmoid"), f"score_function={self.score_function!r} is neither softmax nor sigmoid")
+        check(self.first_k_dense_replace <= self.num_hidden_layers, f"first_k_dense_replace={self.first_k_dense_replace} exceeds "
+              f"num_hidden_layers={self.num_hidden_layers}")
+        check(0 < self.rotary_width <= self.head_dim, f"rotary width {self.rotary_width} is outside 1..head_dim={self.head_dim}; "
+              "set partial_rotary_factor in (0, 1] or rotary_dim")
+        check(self.rotary_width % 2 == 0, f"rotary width {self.rotary_width} (of head_dim={self.head_dim}) is odd, but dims rotate in "
+              "pairs; set rotary_dim to an even number")
+        check(self.rope_theta > 0 and self.rms_norm_eps > 0, f"rope_theta={self.rope_theta} and rms_norm_eps={self.rms_norm_eps} "
+              "must be above 0")
+        if self.rope_scaling is not None:
+            check(isinstance(self.rope_scaling, dict), f"rope_scaling={self.rope_scaling!r} must be a JSON object or null")
+            kind, factor = rope_type(self), self.rope_scaling.get("factor", 1.0)
+            check(kind in ("default", "linear", "yarn"), f"rope_scaling type {kind!r} is not supported; use linear, yarn or null")
+            check(isinstance(factor, (int, float)) and factor >= 1, f"rope_scaling factor {factor!r} must be a number of at least 1")
+
+    @property
+    def rotary_width(self):
+        return self.rotary_dim or int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def is_ling1(self):
+        return self.score_function == "softmax"
+
+    @classmethod
+    def from_dict(cls, d):
+        """A released config.json. Raises BadInput on a value the model cannot honour; warns of keys it does not know."""
+        if not isinstance(d, dict):
+            raise BadInput("config.json must hold a JSON object")
+        d = dict(d)
+        for old, new in (("n_routed_experts", "num_experts"), ("n_shared_experts", "num_shared_experts")):    # Ling-plus-base
+            if old in d:
+                d.setdefault(new, d.pop(old))
+        names = {f.name for f in dataclasses.fields(cls)}
+        missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in d]
+        if missing:
+            raise BadInput(f"config.json has no {', '.join(missing)}: not the configuration of a Ling model")
+        for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True)):
+            if d.get(key, want) != want:
+                raise BadInput(f"{key}={d[key]!r} in config.json: Ling is {want!r}, and nothing else is implemented")
+        # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
+        architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
+        if architecture == LING1:       # what the official Ling-1 code does whatever the file says
+            d |= dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, rotary_dim=None, n_group=1, topk_group=1,
+                      routed_scaling_factor=1.0, num_nextn_predict_layers=0, moe_shared_expert_intermediate_size=None,
+                      moe_router_enable_expert_bias=False)
+        elif architecture == LING2:     # the official gate ignores score_function and norm_topk_prob: always sigmoid, always normalised
+            d |= dict(score_function="sigmoid", norm_topk_prob=True, norm_head=False)
+            d.setdefault("partial_rotary_factor", 1.0)
+        elif architecture != "Ling":
+            raise BadInput(f"architecture {architecture!r} is neither Ling 1 ({LING1}) nor Ling 2 ({LING2})")
+        d["num_key_value_heads"] = d.get("num_key_value_heads") or d["num_attention_heads"]
+        for key, default in (("num_shared_experts", 0), ("first_k_dense_replace", 0), ("num_nextn_predict_layers", 0)):
+            d[key] = d.get(key) or default
+        d["mtp_loss_scaling_factor"] = d.get("mtp_loss_scaling_factor") or 0.0
+        unknown = sorted(d.keys() - names - IGNORED)
+        if unknown:
+            warnings.warn(f"config.json: ignored unknown keys {', '.join(unknown)}", stacklevel=2)
+        return cls(**{key: value for key, value in d.items() if key in names and value is not None})
+
+    def to_dict(self):
+        """What other engines read, provided the fields are those of one generation and not a mix."""
+        d = {"architectures": [LING1 if self.is_ling1 else LING2], "model_type": "bailing_moe", "hidden_act": "silu",
+             **dataclasses.asdict(self)}
+        return d if LingConfig.from_dict(d) == self else d | {"architectures": ["Ling"]}
+
+
+LING1, LING2 = "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"        # the official class names
+IGNORED = set("""architectures model_type auto_map hidden_act torch_dtype dtype transformers_version use_cache norm_softmax use_rmsnorm
+    attention_dropout embedding_dropout output_dropout hidden_dropout pretraining_tp output_router_logits output_attentions router_dtype
+    output_hidden_states max_window_layers use_sliding_window sliding_window bos_token_id return_dict router_type
+    _name_or_path attn_implementation""".split())
+
+_LING1 = dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, norm_head=True, router_aux_loss_coef=0.015,
+              router_z_loss_coef=1e-4, router_warmup_steps=2000, moe_router_enable_expert_bias=False)
+_LING1_RELEASE = dict(_LING1, vocab_size=126464, rope_theta=600000.0, max_position_embeddings=16384, num_experts=64,
+                      pad_token_id=126081, eos_token_id=126081)
+_LING2 = dict(score_function="sigmoid", use_qk_norm=True, n_group=8, topk_group=4, routed_scaling_factor=2.5, router_z_loss_coef=3.5e-6)
+_LING2_RELEASE = dict(_LING2, vocab_size=157184, rope_theta=600000.0, max_position_embeddings=32768, num_experts=256,
+                      num_experts_per_tok=8, head_dim=128, num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1,
+                      pad_token_id=156892, eos_token_id=156892)
+PRESETS = {
+    # for two CPU cores and five minutes; the vocabulary is the tokenizer's
+    "toy": dict(_LING2, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, num_experts=16,
+                num_experts_per_tok=2, moe_intermediate_size=128, n_group=4, topk_group=2, initializer_range=0.02,
+                routed_scaling_factor=1.0),
+    "toy-lite": dict(_LING1, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, num_experts=16,
+                     num_experts_per_tok=2, moe_intermediate_size=128, initializer_range=0.02, router_warmup_steps=50),
+    # for one GPU and an evening
+    "small": dict(_LING2, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1536,
+                  first_k_dense_replace=1, num_experts=64, num_experts_per_tok=6, moe_intermediate_size=192, initializer_range=0.02,
+                  num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1),
+    # the releases
+    "ling-lite": dict(_LING1_RELEASE, hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=4,
+                      num_experts_per_tok=6, num_shared_experts=2, moe_intermediate_size=1408, intermediate_size=5632),
+    "ling-plus": dict(_LING1_RELEASE, hidden_size=5376, num_hidden_layers=88, num_attention_heads=56, num_key_value_heads=8,
+                      head_dim=128, num_experts_per_tok=4, moe_intermediate_size=3072, intermediate_size=12288),
+    "ling-mini-2.0": dict(_LING2_RELEASE, hidden_size=2048, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=4,
+                          moe_intermediate_size=512, intermediate_size=5120, first_k_dense_replace=1),
+    "ling-flash-2.0": dict(_LING2_RELEASE, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=4,
+                           moe_intermediate_size=1024, intermediate_size=9216, first_k_dense_replace=1),
+    "ling-1t": dict(_LING2_RELEASE, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+                    moe_intermediate_size=2048, intermediate_size=18432, first_k_dense_replace=4, rotary_dim=64),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. RMSNorm and rotary positions
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rope_type(config):
+    scaling = config.rope_scaling or {}
+    return scaling.get("rope_type") or scaling.get("type") or "default"
+
+
+def rope_frequencies(config):
+    """The r/2 rotary frequencies (fp32) and the factor on cos and sin. [RoPE] 3.2.2; [YaRN] 3.2 and 3.4."""
+    r, theta, scaling = config.rotary_width, config.rope_theta, config.rope_scaling or {}
+    inv_freq = 1.0 / theta ** (torch.arange(0, r, 2, dtype=torch.float32, device="cpu") / r)                   # (r/2,)
+    factor = scaling.get("factor", 1.0)
+    if rope_type(config) == "linear":
+        return inv_freq / factor, 1.0
+    if rope_type(config) != "yarn":
+        return inv_freq, 1.0
+    # YaRN: dims that turn often within the original context keep their frequency, slow ones are interpolated by
+    # `factor`, with a ramp between the two dims that turn beta_fast and beta_slow times.
+    context = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    dim_of = lambda turns: r * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    low = max(math.floor(dim_of(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(dim_of(scaling.get("beta_slow") or 1)), r - 1)
+    ramp = ((torch.arange(r // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)  # 1 = slow
+    # The official Ling 1 reads mscale alone; Ling 2 (transformers) only with mscale_all_dim beside it.
+    growth = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if config.is_ling1:
+        attention_factor = growth(1 if mscale is None else mscale) / growth(all_dim or 0)
+    else:
+        both = growth(mscale) / growth(all_dim) if mscale and all_dim else growth(1)
+        attention_factor = both if scaling.get("attention_factor") is None else scaling["attention_factor"]
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), attention_factor
+
+
+class RoPETables:
+    """cos and sin of every position so far, made on first use: no state to save, nothing to initialise on the meta device."""
+
+    def __init__(self, config):
+        self.config, self.cos, self.sin = config, torch.empty(0), None
+
+    def __call__(self, start, length, device):
+        """-> cos, sin: fp32 (length, r/2) of positions start .. start + length - 1."""
+        end = start + length
+        if end > len(self.cos) or self.cos.device != device:
+            inv_freq, factor = rope_frequencies(self.config)
+            angle = torch.outer(torch.arange(1 << (end - 1).bit_length(), dtype=torch.float32, device=device), inv_freq.to(device))
+            self.cos, self.sin = angle.cos() * factor, angle.sin() * factor
+        return self.cos[start:end], self.sin[start:end]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Attention
+
+class KVCache:
+    """Keys and values of every layer for generation, (L,B,max_length,KV,d) each, and how many positions are filled."""
+
+    def __init__(self, config, batch_size, max_length, dtype=torch.float32, device=None):
+        shape = (config.num_hidden_layers, batch_size, max_length, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0                                          # moved by Ling.forward, once all layers have written
+        self.head_scale = None                                   # NormHead's scale: weights do not change while generating
+
+    def update(self, layer, k, v):
+        """Append k, v (B,S,KV,d) of one layer -> all keys and values so far, (B,length+S,KV,d)."""
+        end = self.length + k.shape[1]
+        if end > self.keys.shape[2]:
+            raise BadInput(f"the cache holds {self.keys.shape[2]} positions, {end} are needed; make KVCache with max_length >= {end}")
+        self.keys[layer, :, self.length:end], self.values[layer, :, self.length:end] = k, v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention [GQA]; the rows of the fused projection are all Q heads, then all K, then all V."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.d, self.eps = layer, config.head_dim, config.rms_norm_eps
+        self.H, self.KV = config.num_attention_heads, config.num_key_value_heads
+        self.query_key_value = nn.Linear(config.hidden_size, (self.H + 2 * self.KV) * self.d, bias=config.use_qkv_bias)
+        self.dense = nn.Linear(self.H * self.d, config.hidden_size, bias=config.use_bias)
+        self.query_layernorm = RMSNorm(self.d, self.eps) if config.use_qk_norm else None
+        self.key_layernorm = RMSNorm(self.d, self.eps) if config.use_qk_norm else None
+
+    def forward(self, x, cos_sin, cache):                                                    # x (B,S,D)
+        H, KV, d = self.H, self.KV, self.d
+        qk, v = self.query_key_value(x).split([(H + KV) * d, KV * d], dim=-1)
+        norm = None
+        if self.query_layernorm is not None:                                                 # [Ling2]: bounds the logits; before RoPE
+            norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
+        q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
+        v = v.unflatten(-1, (KV, d))
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        return self.dense(attention(q, k, v).flatten(2))                                     # (B,S,D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The router: which experts, with which weights, and what keeps their load even
+
+class Warmup(NamedTuple):
+    """Stochastic routing warm-up [Ling1 3]: early in training, before scores mean anything, experts are chosen by noise that is
+    gradually replaced by the router, so that no expert starves because of its initial weights."""
+    alpha: float                                                 # min(step / W, 1): 0 = noise only, 1 = router only
+    seeds: list                                                  # one int per sequence of the batch: noise follows the sample,
+                                                                 # whatever rank or micro-batch it lands in
+
+    def mix(self, logits, layer):
+        """l' = alpha l + (1 - alpha)(mu + sigma eps), mu and sigma those of each token's own logits.
+
+        [Ling1] mixes with running statistics of the score. Per token, they need no state, no reduction over ranks and no
+        care on resuming, and on logits the result is still a distribution after the softmax. logits (T,E) -> (T,E)."""
+        S, E = len(logits) // len(self.seeds), logits.shape[1]
+        noise = [torch.randn(S, E, generator=torch.Generator().manual_seed(seed * 1009 + layer)) for seed in self.seeds]
+        std, mean = torch.std_mean(logits.detach(), dim=1, keepdim=True)
+        return self.alpha * logits + (1 - self.alpha) * (mean + std * torch.cat(noise).to(logits.device))
+
+
+class Routing(NamedTuple):
+    """What one MoE layer reports: load (E,) int64 rows per expert; balance and z, 0-d sums over counted tokens, or None."""
+    load: torch.Tensor
+    balance: torch.Tensor
+    z: torch.Tensor
+
+
+class Router(nn.Module):
+    """All fp32, whatever the dtype of the model: a rounding error here sends a token to another expert."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("expert_bias", None if config.is_ling1 else torch.zeros(config.num_experts))
+
+    def forward(self, x, counted, warmup):
+        """x (T,D); counted (T,) bool or None = all -> weights (T,k), experts (T,k), Routing."""
+        c = self.config
+        logits = F.linear(x.float(), self.weight.float())                                    # (T,E)
+        mixed = logits if warmup is None else warmup.mix(logits, self.layer)
+        weights, chosen, scores = route(mixed, self.expert_bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.score_function,
+                                        c.norm_topk_prob, c.routed_scaling_factor)
+        # Ignored targets (padding) count in no load and no loss.
+        load = torch.bincount((chosen if counted is None else chosen[counted]).flatten(), minlength=c.num_experts)     # (E,)
+        balance = z = None
+        if counted is not None and c.router_aux_loss_coef:
+            # [Switch] eq. 4-6: E * sum_e f_e P_e, f the share of routed rows, P the mean score; 1 when even. Only P has a gradient.
+            share = load / load.sum().clamp(min=1)
+            balance = c.num_experts * (share * (scores * counted.unsqueeze(1)).sum(0)).sum()
+        if counted is not None and c.router_z_loss_coef:
+            z = (logits.logsumexp(-1).square() * counted).sum()                              # [STMoE] eq. 5: keeps logits small
+        return weights, chosen, Routing(load, balance, z)
+
+
+@torch.no_grad()
+def update_expert_bias(model, load):
+    """Once per optimizer step: b += u (sign(e) - mean sign(e)), e = mean load - own load, so that an idle expert is chosen
+    more often [LossFree alg. 1], zero-mean as in [Ling2]. load: (MoE layers, E), summed over the step and over all ranks."""
+    config = model.config
+    if config.is_ling1 or not config.moe_router_enable_expert_bias:
+        return
+    load = load.float()
+    direction = (load.mean(1, keepdim=True) - load).sign()                                   # (MoE layers, E)
+    step = config.expert_bias_update_rate * (direction - direction.mean(1, keepdim=True))
+    for block, change in zip(model.moe_blocks(), step, strict=True):
+        block.mlp.gate.expert_bias += change
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. MLP and experts
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x), gate over up in one matrix."""
+
+    def __init__(self, D, width):
+        super().__init__()
+        self.gate_up, self.down = nn.Parameter(torch.empty(2 * width, D)), nn.Parameter(torch.empty(D, width))
+
+    def forward(self, x):                                                                    # (...,D) -> (...,D)
+        return F.linear(swiglu(F.linear(x, self.gate_up)), self.down)
+
+
+class Experts(nn.Module):
+    """E SwiGLUs of width F, stacked."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up, self.down = nn.Parameter(torch.empty(E, 2 * width, D)), nn.Parameter(torch.empty(E, D, width))
+
+    def forward(self, x, weights, chosen):                                                   # (T,D), (T,k), (T,k) -> (T,D)
+        return experts(x, weights, chosen, self.gate_up, self.down)
+
+
+class MoE(nn.Module):
+    """y = sum_j w_j expert_j(x) + shared(x) [Ling1 eq. 1-3], [DSv3 eq. 12]."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.gate, self.experts = Router(config, layer), Experts(config)
+        shared = config.num_shared_experts * config.moe_shared_expert_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
+
+    def forward(self, x, counted, warmup):
+        h = x.flatten(0, 1)                                                                  # (T,D), T = B*S
+        weights, chosen, routing = self.gate(h, counted, warmup)                             # 1 route: (T,k), (T,k)
+        y = self.experts(h, weights, chosen)                                                 # 2 sort, matmuls, weighted sum: (T,D)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(h)                                                   # 3 shared: weight 1, never scaled
+        return y.view_as(x), routing
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Blocks, multi-token prediction, Ling
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.attention = RMSNorm(D, eps), Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.mlp = MLP(D, config.intermediate_size) if layer < config.first_k_dense_replace else MoE(config, layer)
+
+    def forward(self, x, cos_sin, counted=None, cache=None, warmup=None):
+        """x (B,S,D) -> x (B,S,D), Routing (None in a dense layer)."""
+        x = x + self.attention(self.input_layernorm(x), cos_sin, cache)
+        h = self.post_attention_layernorm(x)
+        y, routing = self.mlp(h, counted, warmup) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        return x + y, routing
+
+
+class MTP(Block):
+    """Predicts one token further [DSv3 2.2, eq. 21-25]: joins the last hidden state at t with the embedding of token t+1 (or t+m
+    at depth m), runs a block of its own, and shares embedding and lm_head with the model."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)                          # layer >= L: never dense
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm, self.final_layernorm = RMSNorm(D, eps), RMSNorm(D, eps), RMSNorm(D, eps)
+        self.eh_proj = nn.Linear(2 * D, D, bias=False)
+
+    def forward(self, h, embedding, cos_sin, counted, warmup):                               # both (B,S,D)
+        z = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(h)], dim=-1))          # embedding first
+        z, routing = super().forward(z, cos_sin, counted, None, warmup)
+        return self.final_layernorm(z), routing
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor        # (B,S,V) fp32, or None when targets were given
+    loss: torch.Tensor          # 0-d fp32, the training objective, or None
+    parts: dict                 # its terms before weighting: ce, mtp, balance, z; a term the model does not have is absent
+    load: torch.Tensor          # (MoE layers, E) int64: routed rows per expert; MTP's layers last
+
+
+def shift(x, by, fill):
+    """x (B,S) moved left: result[:, t] = x[:, t + by], `fill` past the end."""
+    return F.pad(x[:, by:], (0, min(by, x.shape[1])), value=fill)
+
+
+def count_targets(config, targets):
+    """How many targets the CE and each MTP depth score in this batch: int64 (1 + MTP depth,). Sum it over a step's
+    micro-batches and ranks and pass it to Ling.forward, and the micro-batches' losses and gradients add up."""
+    return torch.stack([(shift(targets, m, -1) >= 0).sum() for m in range(1 + config.num_nextn_predict_layers)])
+
+
+class Ling(nn.Module):
+    def __init__(self, config, seed=0):
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.word_embeddings.weight
+        L = config.num_hidden_layers
+        self.mtp = nn.ModuleList(MTP(config, L + m) for m in range(config.num_nextn_predict_layers))
+        self.rope = RoPETables(config)
+        if not self.norm.weight.is_meta:
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """By role: norms 1, biases 0, matrices N(0, initializer_range), and those that write into the residual stream smaller by
+        sqrt(2L), as 2L of them add up. Each tensor (each expert) draws from a seed of its own, made of the run's seed and its
+        name, so that every parallel layout starts from the same weights."""
+        for name, p in self.named_parameters():
+            std = self.config.initializer_range
+            if name.endswith(("attention.dense.weight", "mlp.down", "experts.down")):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                for i, matrix in enumerate(p if p.dim() == 3 else [p]):
+                    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{i}".encode()))
+                    matrix.copy_(torch.empty(matrix.shape, dtype=torch.float32, device="cpu").normal_(0, std, generator=generator))
+
+    def moe_blocks(self):
+        """The blocks that route, in the order of the rows of Output.load."""
+        return [block for block in [*self.layers, *self.mtp] if isinstance(block.mlp, MoE)]
+
+    def forward(self, tokens, targets=None, cache=None, *, counts=None, warmup=None, logits_to_keep=0):
+        """tokens (B,S) int64, targets (B,S) int64 already shifted by one, negative = ignored -> Output.
+
+        cache: a KVCache that tokens continue. counts: count_targets() of the whole step, if this batch is only a part of it.
+        warmup: a Warmup, or None. logits_to_keep: only the last so many positions' logits (0: all)."""
+        (B, S), c = tokens.shape, self.config
+        if targets is not None and targets.shape != tokens.shape:
+            raise BadInput(f"targets {tuple(targets.shape)} must have the shape of tokens {(B, S)}")
+        cos_sin = self.rope(0 if cache is None else cache.length, S, tokens.device)
+        counted = None if targets is None else (targets >= 0).flatten()                      # (T,)
+        x, routings = self.word_embeddings(tokens), []
+        for block in self.layers:
+            x, routing = block(x, cos_sin, counted, cache, warmup)                           # (B,S,D)
+            routings.append((routing, 0))
+        x = self.norm(x)
+        if cache is not None:
+            cache.length += S
+        if targets is None:
+            return Output(self.logits(x[:, -logits_to_keep:], cache), None, {}, self.load(routings))
+
+        # Every term is a sum over this batch divided by the count of the whole step, so gradients of micro-batches simply add.
+        counts = (count_targets(c, targets) if counts is None else counts).clamp(min=1)
+        head = lambda h, t: linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, t.flatten(), c.norm_head)
+        parts = {"ce": head(x, targets) / counts[0]}
+        if self.mtp:
+            losses, h = [], x                                                                # x after the final norm
+            for m, block in enumerate(self.mtp, start=1):
+                # Past the end of the window token and target are unknown: unscored, never wrapped to another row.
+                embedding, further = self.word_embeddings(shift(tokens, m, 0)), shift(targets, m, -1)
+                h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), warmup)
+                losses.append(head(h, further) / counts[m])
+                routings.append((routing, m))
+            parts["mtp"] = torch.stack(losses).mean()                                        # [DSv3 eq. 25]
+        for name in ("balance", "z"):
+            terms = [getattr(r, name) / counts[m] for r, m in routings if r is not None and getattr(r, name) is not None]
+            if terms:
+                parts[name] = torch.stack(terms).sum()                                       # one term for each MoE layer
+        loss = (parts["ce"] + c.mtp_loss_scaling_factor * parts.get("mtp", 0.0) + c.router_aux_loss_coef * parts.get("balance", 0.0)
+                + c.router_z_loss_coef * parts.get("z", 0.0))
+        return Output(None, loss, parts, self.load(routings))
+
+    def load(self, routings):
+        loads = [routing.load for routing, _ in routings if routing is not None]
+        return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64)
+
+    def logits(self, x, cache=None):
+        """x (B,S,D) after the final norm -> (B,S,V) fp32."""
+        if self.config.norm_head:
+            scale = norm_head_scale(self.lm_head.weight) if cache is None or cache.head_scale is None else cache.head_scale
+            x = (x * scale).to(x.dtype)                                                      # same product as with W / column norms
+            if cache is not None:
+                cache.head_scale = scale
+        return self.lm_head(x).float()
+
+    # Reading and writing weights: section 8.
+
+    @classmethod
+    @torch.no_grad()
+    def from_pretrained(cls, path, dtype=None, device=None):
+        """A model from a folder with config.json and *.safetensors (a release, or save_pretrained's), or from a run of train.py.
+
+        dtype None keeps what is stored (a run: fp32). expert_bias stays fp32: in bf16 its updates of 1e-3 would vanish.
+        Raises BadInput when a tensor is missing, unexpected, or of the wrong shape or dtype, or a file is damaged."""
+        path = Path(path)
+        with torch.device("meta"):
+            model = cls(read_config(path))
+        if (checkpoint := find_checkpoint(path)) is not None:
+            model.to_empty(device=device or "cpu").to(dtype=dtype)
+            load_checkpoint(checkpoint, {"model": model.state_dict()})
+            return model
+        tensors, table = read_safetensors(path), list(released_table(model))
+        check_table(path, model, tensors, table)
+        for name, own, _ in table:                                                           # memory in the stored dtype, once
+            module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
+            old = getattr(module, leaf)
+            if old.is_meta:
+                is_bias = leaf == "expert_bias"
+                new = torch.zeros(old.shape, dtype=torch.float32 if is_bias else dtype or tensors[name].dtype, device=device)
+                setattr(module, leaf, new if is_bias else nn.Parameter(new))
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.word_embeddings.weight
+        for name, own, index in table:
+            if name in tensors:
+                model.get_parameter_or_buffer(own)[index].copy_(tensors.pop(name))
+        return model
+
+    def get_parameter_or_buffer(self, name):
+        module, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(module), leaf)
+
+    @torch.no_grad()
+    def save_pretrained(self, path, max_shard_bytes=10 << 30):
+        """Write config.json and model.safetensors (or shards and an index), under the released names."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: self.get_parameter_or_buffer(own)[index] for name, own, index in released_table(self)}
+        dtype = str(self.word_embeddings.weight.dtype).removeprefix("torch.")
+        write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
+        shards = [{}]
+        for name, tensor in tensors.items():
+            if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+                shards.append({})
+            shards[-1][name] = tensor
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        files = files if len(shards) > 1 else ["model.safetensors"]
+        for file, shard in zip(files, shards):
+            write_safetensors(path / file, shard)
+        if len(shards) > 1:
+            write_json(path / "model.safetensors.index.json", {
+                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Counting
+
+def count_params(config):
+    """Parameters by kind. total and active include both embeddings, as the published figures do; active counts k of E experts.
+    MTP blocks are counted apart. Nothing is allocated."""
+    with torch.device("meta"):
+        model = Ling(config)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    mtp = size(model.mtp)
+    total = size(model) - mtp
+    idle = sum(size(b.mlp.experts) for b in model.layers if isinstance(b.mlp, MoE)) / config.num_experts
+    active = total - round(idle * (config.num_experts - config.num_experts_per_tok))
+    embeddings = model.word_embeddings.weight.numel() * (1 if config.tie_word_embeddings else 2)
+    return {"total": total, "active": active, "active_non_embedding": active - embeddings, "mtp": mtp}
+
+
+def flops_per_token(config, seq_len):
+    """Training FLOPs per token, forward plus backward: 6 for each weight a token is multiplied with (active experts, router,
+    lm_head, and for each MTP depth its block and lm_head again; not the embedding look-up), plus causal attention,
+    6 * seq_len * H * d per layer, the mean query seeing half the window. Recomputation is not counted."""
+    c, counts = config, count_params(config)
+    with torch.device("meta"):
+        model = Ling(config)
+    head = c.vocab_size * c.hidden_size
+    idle_share = 1 - c.num_experts_per_tok / c.num_experts
+    mtp = sum(sum(p.numel() for p in b.parameters()) - idle_share * b.mlp.experts.gate_up.numel() * 1.5 + head for b in model.mtp)
+    layers = c.num_hidden_layers + c.num_nextn_predict_layers
+    return 6 * (counts["active_non_embedding"] + head + mtp) + 6 * layers * seq_len * c.num_attention_heads * c.head_dim
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Weights on disk. Nothing here unpickles what a file brings: safetensors is raw numbers, and a run's metadata passes a
+#    reader that knows a dozen classes.
+
+def released_table(model):
+    """Yields (released name, our name, index into our tensor): all that differs between the released files and this model."""
+    c = model.config
+    for own, _ in [*model.named_parameters(), *model.named_buffers()]:
+        released = own if own.startswith("lm_head") else "model." + own
+        if own.startswith("mtp."):
+            _, depth, rest = own.split(".", 2)
+            released = f"model.layers.{c.num_hidden_layers + int(depth)}.{rest}"
+        stem, _, leaf = released.rpartition(".")
+        if leaf not in ("gate_up", "down"):
+            yield released, own, ...
+            continue
+        width = model.get_parameter_or_buffer(own).shape[-2 if leaf == "gate_up" else -1] // (2 if leaf == "gate_up" else 1)
+        parts = [("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))] if leaf == "gate_up" else [("down_proj", ...)]
+        for part, rows in parts:
+            if stem.endswith(".experts"):
+                yield from ((f"{stem}.{e}.{part}.weight", own, (e, rows)) for e in range(c.num_experts))
+            else:
+                yield f"{stem}.{part}.weight", own, rows
+
+
+def check_table(path, model, tensors, table):
+    """Names and shapes agree, or BadInput. Tolerated: MTP blocks the model does not want, rotary tables of old releases, a stored
+    copy of a tied lm_head, and an absent expert_bias (zero) where the config says it is off."""
+    c, expected = model.config, {name for name, *_ in table}
+    optional = {name for name in expected if name.endswith("expert_bias") and not c.moe_router_enable_expert_bias}
+    is_extra = lambda name: (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and c.tie_word_embeddings) or
+                             (name.startswith("model.layers.") and name.split(".")[2].isdigit() and not c.num_nextn_predict_layers
+                              and int(name.split(".")[2]) >= c.num_hidden_layers))
+    missing = sorted(expected - tensors.keys() - optional)
+    unexpected = sorted(name for name in tensors.keys() - expected if not is_extra(name))
+    for kind, names in (("has no tensor", missing), ("has an unexpected tensor", unexpected)):
+        if names:
+            raise BadInput(f"{path} {kind} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") +
+                           "; config.json and the weights must come from the same model")
+    for name, own, index in table:
+        want, tensor = model.get_parameter_or_buffer(own)[index].shape, tensors.get(name)
+        if tensor is not None and tensor.shape != want:
+            raise BadInput(f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(want)}")
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BadInput(f"{path}: {name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 weights can be read")
+
+
+def write_beside(path, write):
+    """Durably replace a file: write(f) into a temporary one beside it, fsync, rename. A crash leaves the old or the new."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_beside(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(folder):
+    """LingConfig of a released checkpoint or of a run."""
+    if not Path(folder).is_dir():
+        raise BadInput(f"{folder} is not a folder; give one that holds config.json and weights")
+    if not (Path(folder) / "config.json").exists():
+        raise BadInput(f"{folder} has no config.json; give the folder of a released Ling model or of a run")
+    return LingConfig.from_dict(read_json(Path(folder) / "config.json"))
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
+          "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def read_safetensors(folder):
+    """All tensors of a folder's *.safetensors as {name: tensor}, memory-mapped: pages are read when a tensor is copied."""
+    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or any(not isinstance(f, str) or Path(f).name != f for f in weight_map.values()):
+            raise BadInput(f"{index}: weight_map must map tensor names to file names in the same folder")
+        tensors = {}
+        for file in sorted(set(weight_map.values())):
+            own = read_safetensors_file(folder / file)
+            for name in (name for name, f in weight_map.items() if f == file):
+                if name not in own:
+                    raise BadInput(f"{folder / file} lacks {name}, which the index places there")
+                tensors[name] = own[name]
+        return tensors
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadInput(f"{folder} has no *.safetensors and no readable checkpoint")
+    tensors = {}
+    for file in files:
+        own = read_safetensors_file(file)
+        if twice := tensors.keys() & own.keys():
+            raise BadInput(f"{file} repeats {min(twice)}; remove the surplus *.safetensors or add the index")
+        tensors |= own
+    return tensors
+
+
+def read_safetensors_file(path):
+    """One file as {name: tensor}. The format: u64 header length, JSON {name: {dtype, shape, data_offsets}}, raw bytes.
+    Length, JSON and offsets are validated against the file's size before any byte of data is touched."""
+    bad = lambda why: BadInput(f"{path} is damaged or not safetensors: {why}")
+    if not path.is_file():
+        raise BadInput(f"{path} is missing")
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, 100 << 20):
+            raise bad(f"the header claims {length} bytes; the file has {size}, and the format allows 100 MiB")
+        raw = f.read(length)
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
+        header.pop("__metadata__", None)
+        entries = sorted(((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items()),
+                         key=lambda entry: entry[:2])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise bad(f"its header does not parse ({type(error).__name__}: {error})") from None
+    data, tensors, position = np.memmap(path, mode="c") if size else None, {}, 0              # "c": writes never reach the file
+    for start, end, name, dtype, shape in entries:
+        is_size = lambda n: type(n) is int and n >= 0
+        if dtype not in DTYPES:
+            raise bad(f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        if not (isinstance(shape, list) and all(map(is_size, shape)) and is_size(start) and is_size(end)):
+            raise bad(f"{name} has shape {shape} at bytes {start}..{end}")
+        if start != position or end - start != math.prod(shape) * DTYPES[dtype].itemsize or end > size - 8 - length:
+            raise bad(f"{name}, {dtype} {shape}, lies at bytes {start}..{end} of {size - 8 - length}; expected to start at {position}")
+        position = end
+        piece = torch.from_numpy(data[8 + length + start:8 + length + end])
+        aligned = piece.storage_offset() % DTYPES[dtype].itemsize == 0 and piece.data_ptr() % DTYPES[dtype].itemsize == 0
+        tensors[name] = (piece if aligned else piece.clone()).view(DTYPES[dtype]).reshape(shape)
+    if position != size - 8 - length:
+        raise bad(f"{size - 8 - length - position} bytes at its end belong to no tensor")
+    return tensors
+
+
+def unique_keys(pairs):
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def write_safetensors(path, tensors):
+    """{name: tensor} -> one file, through a temporary beside it. One tensor at a time is copied, never the model."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        position += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)                                                            # data aligned to 8 bytes
+
+    def write(f):
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in tensors.values():
+            f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    write_beside(path, write)
+
+
+def find_checkpoint(run):
+    """The newest intact checkpoint of a run folder, or None. A damaged one is named in a warning and passed over."""
+    for folder in sorted(Path(run).glob("step_*"), reverse=True):
+        if damage := checkpoint_damage(folder):
+            warnings.warn(f"checkpoint {folder} is damaged ({damage}); trying the one before it", stacklevel=2)
+        else:
+            return folder
+    return None
+
+
+def checkpoint_damage(folder):
+    """What is wrong with a checkpoint, in words, or None: every file against the size and CRC-32 of its manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, (size, crc) in manifest.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if file_crc(folder / name) != crc:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"manifest.json: {error}"
+    return None
+
+
+def file_crc(path):
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+class TensorMetadataOnly(pickle.Unpickler):
+    """torch.distributed.checkpoint keeps its index as a pickle and loads it without a guard. This one refuses every class
+    but those an index of tensors is made of, so that a checkpoint from a stranger cannot run code."""
+    MODULES = {"torch.distributed.checkpoint.metadata": {"Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata",
+                                                         "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+               "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"},
+               "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "strided"},
+               "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
+               "pathlib._local": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"}}
+
+    def find_class(self, module, name):
+        if name in self.MODULES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no business in a checkpoint")
+
+
+def load_checkpoint(folder, state):
+    """Fill the tensors of `state`, a nested dict, in place from a checkpoint of train.py. Raises BadInput."""
+    try:
+        TensorMetadataOnly(io.BytesIO((folder / ".metadata").read_bytes())).load()           # tensors only, so nothing is unpickled
+        dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
+    except (pickle.UnpicklingError, EOFError, OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise BadInput(f"checkpoint {folder} cannot be read: {reason.strip()}") from None

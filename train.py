@@ -1,0 +1,699 @@
+"""How does a run go? One story, from the command line to the last checkpoint.
+
+    python train.py                                # train the toy on Python's own standard library, then sample from it
+    python train.py                                # again: continue where it stopped, or say that it is finished
+    python train.py --fresh                        # start over, in a new folder
+    python train.py --preset toy-lite              # the same size with Ling 1's router and head
+    python train.py --dense                        # a dense model of equal active parameters, for comparison
+    python train.py --data "src/**/*.py" notes.txt --tokenizer bpe4096 --out runs/mine
+    python train.py --data fineweb_*.bin --tokenizer gpt2 --preset small --batch_tokens 524288
+    python train.py --init PATH/Ling-mini-base-2.0 --data corpus/ --lr 3e-5
+
+Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; a run that continues takes its own.
+
+runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), the tokenizer, data/ (the corpus as
+token ids) and checkpoints step_00001234/ with `latest` naming the newest. Ctrl-C or SIGTERM finishes the step and saves.
+"""
+import argparse
+import dataclasses
+import glob
+import heapq
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ling import (PRESETS, BadInput, Ling, LingConfig, Warmup, count_params, count_targets, file_crc, find_checkpoint, flops_per_token,
+                  load_checkpoint, option, read_config, read_json, update_expert_bias, write_beside, write_json)
+from sample import PATTERN, Parser, Tokenizer, load_tokenizer, run_cli, text_of
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+
+@dataclass
+class TrainConfig:
+    preset: str = option("toy", "shape of the model, see PRESETS in ling.py", choices=tuple(PRESETS))
+    data: list = option((), "text files, folders, globs, or .bin shards of token ids; default: Python's standard library", nargs="+")
+    tokenizer: str = option("bpe2048", "bpeN (learned from the training files), bytes, a tiktoken name, a .tiktoken file or tokenizer.json")
+    out: str = option("", "run folder; default: runs/PRESET")
+    init: str = option("", "start from the weights in this folder: a release or a run")
+    fresh: bool = option(False, "start over in a new folder")
+    dense: bool = option(False, "replace the experts by a dense MLP of equal active parameters")
+    seed: int = option(0, "of the weights, the order of the data and the routing warm-up")
+    steps: int = option(850, "optimizer steps")
+    seq_len: int = option(256, "tokens per sequence")
+    batch_tokens: int = option(2048, "tokens per optimizer step, over all micro-batches")
+    micro_batch_tokens: int = option(4096, "tokens per forward pass, at most; lower it when memory runs out")
+    batch_warmup_steps: int = option(0, "the batch grows linearly to batch_tokens over so many steps")
+    batch_start: float = option(0.25, "part of batch_tokens it starts with")
+    lr: float = option(4e-3, "peak learning rate")
+    warmup_steps: int = option(50, "linear warm-up of the learning rate")
+    halve_at: float = option(0.0, "part of the run after which the learning rate is halved (Ling 1: 0.6); 0: never")
+    decay: float = option(0.5, "last part of the run, over which the learning rate falls to final_lr; 0: constant")
+    final_lr: float = option(0.0, "learning rate at the end, as a part of lr")
+    weight_decay: float = option(0.1, "on matrices, embeddings included; never on norms and biases")
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.95, "AdamW")
+    clip: float = option(1.0, "gradients are scaled down to this global norm")
+    eval_every: int = option(200, "steps between evaluations on the held-out files; 0: only at the end")
+    save_every: int = option(200, "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "checkpoints to keep")
+    device: str = option("", "default: the accelerator if there is one, else cpu")
+
+    def __post_init__(self):
+        self.data = list(self.data)
+        check = lambda ok, message: None if ok else (_ for _ in ()).throw(BadInput(message))
+        for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0, eval_every=0,
+                                save_every=0, keep=1, seed=0).items():
+            check(getattr(self, name) >= least, f"--{name} {getattr(self, name)} must be at least {least}")
+        for name in ("lr", "weight_decay", "clip"):
+            check(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
+        check(self.clip > 0, "--clip 0 would stop all learning; raise it above 0")
+        for name in ("batch_start", "halve_at", "decay", "final_lr", "beta1", "beta2"):
+            check(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} must be in 0..1")
+        check(max(self.beta1, self.beta2) < 1, "--beta1 and --beta2 must be below 1")
+        check(self.batch_tokens % self.seq_len == 0, f"--batch_tokens {self.batch_tokens} is not a multiple of --seq_len {self.seq_len}; "
+              f"try {max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len}")
+        check(self.micro_batch_tokens >= self.seq_len, f"--micro_batch_tokens {self.micro_batch_tokens} is below one sequence of "
+              f"--seq_len {self.seq_len}; raise it to {self.seq_len} or more")
+
+
+TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_steps", "expert_bias_update_rate", "mtp_loss_scaling_factor"}
+MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh"}    # on resuming
+
+
+def parse_args(argv):
+    """The flags that were given, as {name: value}, for TrainConfig and for LingConfig."""
+    parser = Parser(prog="train.py", description="Train a Ling model.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for cls in (TrainConfig, LingConfig):
+        group = parser.add_argument_group(cls.__name__)
+        for f in dataclasses.fields(cls):
+            kwargs = dict(f.metadata, help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
+            kwargs |= {"action": argparse.BooleanOptionalAction} if f.type is bool else {} if f.type in (list, dict) else {
+                "type": f.metadata.get("type", f.type)}
+            names = [f"--{f.name}", *([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])]
+            group.add_argument(*names, **kwargs)
+    given = vars(parser.parse_args(argv))
+    return tuple({f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given} for cls in (TrainConfig, LingConfig))
+
+
+def resolve(given_train, given_model):
+    """-> run folder, TrainConfig, LingConfig or None (vocabulary not yet known), whether the run continues. Reads, never writes."""
+    preset = given_train.get("preset", "toy")
+    name = preset + ("-dense" if given_train.get("dense") else "")
+    run = Path(given_train.get("out") or f"runs/{name}")
+    if given_train.get("fresh"):
+        base, n = run, 1
+        while run.exists():
+            run, n = base.with_name(f"{base.name}-{n + 1}"), n + 1
+    elif (run / "config.json").exists():
+        saved, config = read_json(run / "train.json"), read_config(run)
+        for key, value in given_train.items():
+            if key not in MAY_CHANGE and value != saved.get(key):
+                raise BadInput(f"--{key} {value}: the run in {run} was started with {saved.get(key)!r}; drop the flag to continue it, or add --fresh")
+        for key, value in given_model.items():
+            if value != getattr(config, key):
+                raise BadInput(f"--{key} {value}: the run in {run} has {key}={getattr(config, key)!r}; drop the flag to continue it, or add --fresh")
+        names = {f.name for f in dataclasses.fields(TrainConfig)}
+        return run, TrainConfig(**{**{k: v for k, v in saved.items() if k in names}, **given_train}), config, True
+    train = TrainConfig(**given_train)
+    if train.init:
+        config = read_config(train.init)
+        for key, value in given_model.items():
+            if value != getattr(config, key) and key not in TRAINING_ONLY:
+                raise BadInput(f"--{key} {value}: the weights in {train.init} have {key}={getattr(config, key)!r}, which cannot change")
+        if "tokenizer" not in given_train:
+            train.tokenizer = train.init
+        return run, train, dataclasses.replace(config, **given_model), False
+    fields = {**PRESETS[train.preset], **given_model}
+    if train.dense:
+        c = LingConfig(**fields)
+        per_token = c.num_experts_per_tok * c.moe_intermediate_size + c.num_shared_experts * c.moe_shared_expert_intermediate_size
+        # the router's E * D weights are active too; rounded up to a multiple of 8, which matmuls like
+        width = -(-(per_token + c.num_experts / 3) // 8) * 8
+        fields |= dict(first_k_dense_replace=c.num_hidden_layers, intermediate_size=int(width), num_nextn_predict_layers=0)
+    config = LingConfig(**fields)
+    if train.seq_len > config.max_position_embeddings:
+        raise BadInput(f"--seq_len {train.seq_len} exceeds max_position_embeddings={config.max_position_embeddings}; lower one or raise the other")
+    return run, train, config, False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Data: files -> tokens, and the order in which a run sees them
+
+HELD_OUT = 50               # one file in so many is held out, by a checksum of its name, so that the choice never moves
+
+
+def standard_library():
+    """Python's own source without tests and generated tables (character maps), which would flood the samples."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "_bundled", "__pycache__"}
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)}
+
+
+def find_files(patterns):
+    """{name: path} of all files meant by files, folders and globs; a file given twice counts once."""
+    if not patterns:
+        return standard_library()
+    found = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            hits = [p for p in sorted(path.rglob("*")) if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        else:
+            hits = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
+        if not hits:
+            raise BadInput(f"--data {pattern}: no such file, no file in that folder, or nothing matches; check the path")
+        found |= {p.as_posix(): p for p in hits}
+    return found
+
+
+def read_text(path):
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--data {path} is not UTF-8 text (byte {error.start}); leave it out, e.g. with a glob like 'folder/**/*.txt'") from None
+    if "\0" in text:
+        raise BadInput(f"--data {path} looks binary (it has NUL bytes); leave it out, e.g. with a glob like 'folder/**/*.txt'")
+    return text
+
+
+def open_shard(path, vocab_size):
+    """A .bin of token ids, memory-mapped. Recognises the 1 KiB header of llm.c and modded-nanogpt (FineWeb); without one, ids
+    are uint16 if the vocabulary fits, else uint32. Raises BadInput when an id is beyond the vocabulary."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype=np.int32, count=3) if size >= 1024 else [0]
+    dtype = {20240520: np.uint16, 20240801: np.uint32}.get(int(header[0]))                   # llm.c: GPT-2, Llama 3
+    offset = 1024 if dtype else 0
+    dtype = np.dtype(dtype or (np.uint16 if vocab_size <= 1 << 16 else np.uint32))
+    if (size - offset) % dtype.itemsize or size == offset:
+        raise BadInput(f"{path} has {size} bytes, which is not a positive number of {dtype} token ids")
+    tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset)
+    if offset and header[2] != len(tokens):
+        raise BadInput(f"{path} holds {len(tokens)} tokens but its header promises {header[2]}; it was cut short")
+    for start in range(0, len(tokens), 1 << 24):
+        if (largest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
+            raise BadInput(f"{path} has token id {largest}, beyond the vocabulary of {vocab_size}; name its tokenizer with --tokenizer")
+    return tokens
+
+
+# Python's re knows no \p{L}; the classes below mean the same up to rare signs, which only shifts merge counts a little.
+CHUNKS = re.compile(PATTERN.replace(r"[^\r\n\p{L}\p{N}]?+", r"(?:[^\r\n\w]|_)?").replace(r"[^\s\p{L}\p{N}]++", r"(?:[^\s\w]|_)+")
+                    .replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d"))
+
+
+def learn_bpe(texts, size):
+    """Byte-pair encoding (arXiv 1508.07909) -> {bytes: rank} of `size` ranks, or fewer when no pair is left that occurs twice.
+
+    Works on distinct chunks weighted by their counts, laid end to end in one array; a heap of pair counts, corrected only where a
+    merge changed something, replaces the recount after every merge."""
+    chunks = Counter(chain.from_iterable(CHUNKS.findall(text) for text in texts))
+    pieces = [(chunk.encode(), n) for chunk, n in chunks.items()]
+    ids = np.concatenate([np.frombuffer(b"\0" + chunk, dtype=np.uint8).astype(np.int32) for chunk, _ in pieces] or [np.zeros(0, np.int32)])
+    lengths = np.array([len(chunk) + 1 for chunk, _ in pieces], dtype=np.int64)
+    ids[np.cumsum(lengths) - lengths] = -1                                                   # -1 separates chunks
+    ids = np.concatenate([ids, np.array([-1, -1], np.int32)])
+    weight = np.concatenate([np.repeat(np.array([n for _, n in pieces], np.int64), lengths), [0, 0]])
+
+    def pairs_at(at):
+        """{(left, right): weight} of the pairs that begin at these positions."""
+        at = np.unique(at)
+        at = at[(ids[at] >= 0) & (ids[at + 1] >= 0)]
+        keys, inverse = np.unique(ids[at].astype(np.int64) << 32 | ids[at + 1], return_inverse=True)
+        sums = np.bincount(inverse, weight[at], minlength=len(keys)).astype(np.int64)
+        return {(key >> 32, key & 0xFFFFFFFF): n for key, n in zip(keys.tolist(), sums.tolist())}
+
+    counts = Counter(pairs_at(np.arange(len(ids) - 1)))
+    heap = [(-n, pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < size and heap:
+        n, pair = heapq.heappop(heap)
+        if -n != counts[pair]:
+            continue                                                                         # stale: its count changed since
+        if -n < 2:
+            break
+        at = np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1]))
+        if pair[0] == pair[1]:                                                               # "aaa" holds one "aa", not two
+            run = np.cumsum(np.diff(at, prepend=-2) != 1)
+            first = np.concatenate([[0], np.flatnonzero(np.diff(run)) + 1])
+            at = at[(np.arange(len(at)) - first[run - run[0]]) % 2 == 0]
+        before = pairs_at(np.concatenate([at - 1, at, at + 1]))
+        ids[at] = len(tokens)
+        ids, weight = np.delete(ids, at + 1), np.delete(weight, at + 1)
+        at = at - np.arange(len(at))                                                         # the same places, after the deletions
+        after = pairs_at(np.concatenate([at - 1, at]))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        for changed in before.keys() | after.keys():
+            counts[changed] += after.get(changed, 0) - before.get(changed, 0)
+            if counts[changed] > 0:
+                heapq.heappush(heap, (-counts[changed], changed))
+            else:
+                del counts[changed]
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+def split(names):
+    """-> names to train on, names held out (none when there are too few files: then the tail of the data is)."""
+    val = [name for name in names if zlib.crc32(name.encode()) % HELD_OUT == 0]
+    return ([name for name in names if name not in set(val)], val) if 0 < len(val) < len(names) else (list(names), [])
+
+
+def hold_out_tail(arrays):
+    if not arrays["val"]:
+        last = arrays["train"][-1]
+        cut = max(2, len(last) // HELD_OUT)
+        arrays["train"][-1], arrays["val"] = last[:-cut], [last[-cut:]]
+    return arrays
+
+
+def open_shards(files, vocab_size):
+    opened = {name: open_shard(path, vocab_size) for name, path in files.items()}
+    return hold_out_tail(dict(zip(("train", "val"), ([opened[name] for name in part] for part in split(files)))))
+
+
+def prepare(train, config, given_model):
+    """What a new run needs, read and checked, nothing written -> Tokenizer, LingConfig with its vocabulary, {"train", "val"}: lists of
+    arrays of token ids, and whether these are shards that stay where they are."""
+    files = find_files(train.data)
+    are_shards = {path.suffix == ".bin" for path in files.values()}
+    if len(are_shards) > 1:
+        raise BadInput("--data mixes .bin shards with text files; give one kind")
+    shards, learned = are_shards.pop(), re.fullmatch(r"bpe(\d+)", train.tokenizer)
+    if shards and learned:
+        raise BadInput(f"--data {next(iter(files))} is already token ids; name the tokenizer that made it with --tokenizer")
+    if learned and not 257 <= int(learned[1]) <= 1 << 20:
+        raise BadInput(f"--tokenizer {train.tokenizer}: N must be in 257..{1 << 20} (256 bytes, merges, end of text)")
+    tokenizer = None if learned else load_tokenizer(train.tokenizer)
+    if not shards:
+        texts = {name: text for name, path in files.items() if (text := read_text(path))}
+        if not texts:
+            raise BadInput(f"--data {' '.join(train.data)}: nothing but empty files ({len(files)}); give files with text")
+        parts = dict(zip(("train", "val"), split(texts)))
+    if learned:
+        start, size = time.perf_counter(), int(learned[1])
+        say(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB", end="", flush=True)
+        tokenizer = Tokenizer.from_ranks(learn_bpe((texts[name] for name in parts["train"]), size - 1))
+        say(f", {time.perf_counter() - start:.1f} s")
+    if "vocab_size" not in {**PRESETS[train.preset], **given_model} and not train.init:
+        config = dataclasses.replace(config, vocab_size=tokenizer.size, eos_token_id=tokenizer.end)
+    if tokenizer.size > config.vocab_size:
+        raise BadInput(f"tokenizer {train.tokenizer} has {tokenizer.size} tokens, more than vocab_size={config.vocab_size}; "
+                       f"raise --vocab_size to {tokenizer.size} or choose a smaller tokenizer")
+    if shards:
+        arrays = open_shards(files, config.vocab_size)
+    else:
+        dtype, end = np.uint16 if config.vocab_size <= 1 << 16 else np.uint32, [] if tokenizer.end is None else [tokenizer.end]
+        encode = lambda names: [np.concatenate([np.array(tokenizer.encode(texts[name]) + end, dtype=dtype) for name in names])] if names else []
+        arrays = hold_out_tail({part: encode(names) for part, names in parts.items()})
+    Data(arrays, train)                                                                      # raises if it is too short
+    return tokenizer, config, arrays, shards
+
+
+def write_data(run, arrays):
+    """Keep the corpus as token ids in the run: a resumed run sees the same samples, whatever happened to the files."""
+    (run / "data").mkdir(exist_ok=True)
+    for part, (array,) in arrays.items():
+        write_beside(run / "data" / f"{part}.{array.dtype}", lambda f: f.write(array.data))
+
+
+def read_data(run, train, config):
+    """The arrays of a run that continues."""
+    if not (run / "data").exists():
+        arrays = open_shards(find_files(train.data), config.vocab_size)
+    else:
+        paths = {part: next((run / "data").glob(f"{part}.*"), None) for part in ("train", "val")}
+        if not all(paths.values()):
+            raise BadInput(f"{run}/data is incomplete; start over with --fresh")
+        arrays = {part: [np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")] for part, path in paths.items()}
+    size, was = sum(map(len, arrays["train"])), read_json(run / "train.json").get("train_tokens")
+    if size != was:
+        raise BadInput(f"{run} was started on {was} training tokens, now there are {size}; restore the data or start over with --fresh")
+    return arrays
+
+
+def permute(i, n, key):
+    """A permutation of 0..n-1, computed for one i: a four-round Feistel network on the bits of i, walked until it lands below n.
+    Needs no memory, so that sample number a billion is as cheap as sample 0."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for r in range(4):
+            left, right = right, left ^ (zlib.crc32(f"{key}/{r}/{right}".encode()) & mask)
+        i = left << half | right
+        if i < n:
+            return i
+
+
+class Data:
+    """Windows of seq_len + 1 tokens. Sample number k of a run is a pure function of the seed and k: the order depends neither on
+    the batch size nor on the number of processes, and resuming needs no state but k."""
+
+    def __init__(self, arrays, train):
+        self.S, self.seed, self.train, self.val = train.seq_len, train.seed, arrays["train"], arrays["val"]
+        self.ends = np.cumsum([max(0, len(part) - 1) // self.S for part in self.train])      # windows up to each part
+        if self.ends[-1] < 1:
+            raise BadInput(f"the training data has {sum(map(len, self.train))} tokens, less than one window of --seq_len {self.S} + 1; "
+                           "add data or lower --seq_len")
+
+    def window(self, k):
+        epoch, i = divmod(k, int(self.ends[-1]))
+        i = permute(i, int(self.ends[-1]), f"{self.seed}/{epoch}")                           # each epoch in another order
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        start = (i - (int(self.ends[part - 1]) if part else 0)) * self.S
+        return self.train[part][start:start + self.S + 1]
+
+    def batch(self, first, count, device):
+        """Samples first .. first + count - 1 -> tokens, targets (count,S) int64."""
+        rows = torch.from_numpy(np.stack([self.window(k) for k in range(first, first + count)]).astype(np.int64)).to(device)
+        return rows[:, :-1], rows[:, 1:]
+
+    def held_out(self, rows, device):
+        """All held-out tokens once, in batches of `rows` windows; past the end, targets are -1."""
+        for part in self.val:
+            padded = np.full(-(-(len(part) - 1) // self.S) * self.S + 1, -1, dtype=np.int64)
+            padded[:len(part)] = part
+            tokens, targets = (torch.from_numpy(padded[o:len(padded) - 1 + o]).view(-1, self.S).to(device) for o in (0, 1))
+            yield from zip(tokens.clamp(min=0).split(rows), targets.split(rows))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Optimizer and schedules: both pure functions of the step
+
+def make_optimizer(model, train):
+    """AdamW with decay on matrices, embeddings and head included as in Megatron, which Ling is trained with. Vectors (norms,
+    biases) never decay: under NormHead the final norm alone carries the scale of the logits."""
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": train.weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    device = next(model.parameters()).device.type
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=1e-8, fused=device in ("cpu", "cuda", "mps", "xpu"))
+
+
+def lr_at(step, train):
+    """Warm-up, stable, decay (WSD). Linear up; constant, halved after halve_at; then down as 1 - sqrt(part of the decay done), the
+    shape that [WSM] arXiv 2507.17634 found best."""
+    lr, decay_start = train.lr, train.steps * (1 - train.decay)
+    if train.halve_at and step >= train.halve_at * train.steps:
+        lr /= 2
+    if step < train.warmup_steps:
+        return lr * (step + 1) / train.warmup_steps
+    if step <= decay_start or train.decay == 0:
+        return lr
+    done = (step - decay_start) / (train.steps - decay_start)
+    return lr * max(train.final_lr, 1 - math.sqrt(done))
+
+
+def batch_schedule(train):
+    """-> (steps + 1,) int64: number of the first sample of each step; the last entry is the number of samples in the run."""
+    full = train.batch_tokens // train.seq_len
+    part = np.minimum(1.0, train.batch_start + (1 - train.batch_start) * np.arange(train.steps) / max(1, train.batch_warmup_steps))
+    part = part if train.batch_warmup_steps else np.ones(train.steps)
+    return np.concatenate([[0], np.cumsum(np.maximum(1, np.round(full * part)).astype(np.int64))])
+
+
+def sequence_seed(seed, step, k):
+    """Of the routing noise: follows the sample, so it is the same for every batch split, and changes with the step."""
+    return zlib.crc32(f"{seed}/{step}/{k}".encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Checkpoints: written beside, made durable, renamed, then pointed to
+
+def training_state(model, optimizer):
+    """Everything a step changes, as a nested dict of tensors and nothing else, so that nothing needs pickling."""
+    names = {p: name for name, p in model.named_parameters()}
+    state = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:                                                       # before the first step: as AdamW makes it
+                optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults["fused"] else "cpu"),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state[names[p]] = optimizer.state[p]
+    return {"model": model.state_dict(), "optimizer": state}
+
+
+def save_checkpoint(run, step, model, optimizer, keep):
+    """Raises BadInput when it cannot be written; what was there before stays."""
+    final, temporary = run / f"step_{step:08d}", run / f"tmp_{step:08d}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        dcp.save(training_state(model, optimizer), checkpoint_id=temporary, no_dist=True)
+        write_json(temporary / "state.json", {"step": step, "torch": torch.__version__})
+        files = sorted(p.name for p in temporary.iterdir())
+        write_json(temporary / "manifest.json", {name: [(temporary / name).stat().st_size, file_crc(temporary / name)] for name in files})
+        sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)                                             # there only if it was found damaged
+        temporary.rename(final)
+        sync_folder(run)
+        write_beside(run / "latest", lambda f: f.write(final.name.encode()))
+        sync_folder(run)
+    except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        causes = error.failures.values() if isinstance(error, dcp.api.CheckpointException) else [error]
+        reason = "; ".join(dict.fromkeys(str(getattr(c, "__cause__", None) or (c[0] if isinstance(c, tuple) else c)) for c in causes))
+        free = shutil.disk_usage(run).free
+        raise BadInput(f"cannot save a checkpoint of step {step} in {run} ({reason}; {free / 1e6:.0f} MB free); earlier ones are intact: "
+                       "make room and run the same command to continue") from None
+    for old in sorted(run.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def sync_folder(path):
+    """Make renames in a folder durable (a no-op where folders cannot be opened, as on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Evaluation and display
+
+@torch.no_grad()
+def evaluate(model, data, token_bytes, rows):
+    """Over all held-out tokens: mean cross entropy in nats per token, and bits per byte of text, which compares tokenizers."""
+    nats, tokens, size, device = 0.0, 0, 0, next(model.parameters()).device
+    for x, y in data.held_out(rows, device):
+        n = int((y >= 0).sum())
+        nats += float(model(x, y).parts["ce"]) * n
+        tokens, size = tokens + n, size + int(token_bytes[y[y >= 0]].sum())
+    return {"val_ce": nats / tokens, "val_bpb": nats / math.log(2) / max(1, size)}
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}      # dense bf16, data sheets
+
+
+def peak_flops(device):
+    """Of the device, or None: an MFU is never guessed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def say(*args, **kwargs):
+    print(*args, **kwargs)
+
+
+def strip(load):
+    """Loads of one layer's experts as block characters: the middle height is the even load."""
+    bars = "▁▂▃▄▅▆▇█" if (sys.stdout.encoding or "").lower().startswith("utf") else "01234567"
+    level = load.float() / load.float().mean().clamp(min=1e-9) * 4
+    return "".join(bars[min(7, int(x))] for x in level.tolist()[:64])
+
+
+class Status:
+    """One live line on a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self):
+        self.live, self.last = sys.stdout.isatty(), 0.0
+
+    def update(self, line, force=False):
+        if self.live:
+            width = shutil.get_terminal_size().columns
+            print("\r" + line[:width - 1].ljust(width - 1), end="", flush=True)
+        elif force or time.perf_counter() - self.last > 10:
+            self.last = time.perf_counter()
+            print(line, flush=True)
+
+    def note(self, line):
+        """A line that stays."""
+        print(("\r\033[K" if self.live else "") + line, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. The run
+
+def train_run(run, train, config, tokenizer, arrays, resumed):
+    device = torch.device(train.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    data, first_sample = Data(arrays, train), batch_schedule(train)
+    token_bytes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=device)
+    model = Ling.from_pretrained(train.init, dtype=torch.float32) if train.init and not resumed else Ling(config, seed=train.seed)
+    model.config = config
+    model = model.to(device)
+    optimizer = make_optimizer(model, train)
+    step = 0
+    if resumed is not None:
+        load_checkpoint(resumed, training_state(model, optimizer))
+        step = read_json(resumed / "state.json")["step"]
+    params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), peak_flops(device)
+    rows = train.micro_batch_tokens // train.seq_len
+    # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+    tokens_total = int(first_sample[-1]) * train.seq_len
+    say(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; {flops / 1e6:.1f} MFLOP per token\n"
+        f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out; "
+        f"vocabulary {tokenizer.size}\n"
+        f"run: {run}, {train.steps} steps of {train.batch_tokens} tokens ({tokens_total / 1e6:.2f}M), on {device}, "
+        f"torch {torch.__version__}" + (f", continuing at step {step}" if step else ""))
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):                                           # a second one ends it at once
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    metrics, status = open(run / "metrics.jsonl", "a"), Status()
+
+    def log(record):
+        metrics.write(json.dumps(record) + "\n")
+        metrics.flush()
+
+    seconds_mean = None
+    while step < train.steps and not stop:
+        start = time.perf_counter()
+
+        # 1. learning rate and batch size
+        lr = lr_at(step, train)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        alpha = min(1.0, step / config.router_warmup_steps) if config.router_warmup_steps else 1.0
+        first, last = int(first_sample[step]), int(first_sample[step + 1])
+
+        # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
+        tokens, targets = data.batch(first, last - first, device)
+        counts, parts, load = count_targets(config, targets), Counter(), 0
+        for i in range(0, last - first, rows):
+            warmup = None if alpha == 1 else Warmup(alpha, [sequence_seed(train.seed, step, first + j) for j in range(i, min(i + rows, last - first))])
+            with autocast():
+                out = model(tokens[i:i + rows], targets[i:i + rows], counts=counts, warmup=warmup)
+            out.loss.backward()
+            for name, value in {"loss": out.loss, **out.parts}.items():
+                parts[name] += value.detach()
+            load = load + out.load
+
+        # 3. loss, load and gradient norm of the whole step
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        parts = {name: float(value) for name, value in parts.items()}
+        imbalance = float((load.amax(1) / load.float().mean(1)).max()) if len(load) else 1.0
+
+        # 4. a step that is not finite never reaches the weights
+        if not math.isfinite(parts["loss"]) or not math.isfinite(norm):                      # SYNC
+            raise BadInput(f"step {step + 1}: loss {parts['loss']}, gradient norm {norm}; the last checkpoint is intact: lower --lr from {train.lr} "
+                           "and start over with --fresh")
+
+        # 5. clip and step
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), train.clip, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 6. rebalance the experts
+        update_expert_bias(model, load)
+        step += 1
+
+        # 7. log
+        seconds = time.perf_counter() - start
+        seconds_mean = seconds if seconds_mean is None else 0.95 * seconds_mean + 0.05 * seconds
+        n = tokens.numel()
+        log({"step": step, "tokens": last * train.seq_len, **parts, "lr": lr, "grad_norm": float(norm), "tokens_per_s": n / seconds,
+             "mfu": n / seconds * flops / peak if peak else None, "imbalance": imbalance, "skipped": 0})
+        eta = (train.steps - step) * seconds_mean
+        worst = load[(load.amax(1) / load.float().mean(1)).argmax()] if len(load) else None
+        status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  {n / seconds_mean:,.0f} tok/s  "
+                      f"left {int(eta) // 60}:{int(eta) % 60:02d}" + (f"  load {strip(worst)} {imbalance:.2f}" if worst is not None else ""), step == 1)
+
+        # 8. evaluate, checkpoint
+        if step == train.steps or train.eval_every and step % train.eval_every == 0:
+            score = evaluate(model, data, token_bytes, rows)
+            log({"step": step, **score})
+            status.note(f"step {step}  held-out: {score['val_ce']:.4f} nats per token, {score['val_bpb']:.4f} bits per byte")
+        if step == train.steps or train.save_every and step % train.save_every == 0:
+            save_checkpoint(run, step, model, optimizer, train.keep)
+
+    if step < train.steps:                                                                   # stopped by a signal
+        save_checkpoint(run, step, model, optimizer, train.keep)
+        status.note(f"{signal.Signals(stop[0]).name}: saved step {step} in {run}; the same command continues it")
+        return 0
+    metrics.close()
+    prompt = "def " if not train.data else ""
+    say(f"\nsample, after {prompt!r}:\n{prompt}{text_of(model, tokenizer, prompt, min(160, config.max_position_embeddings - 8), temperature=0.7, min_p=0.05)}\n")
+    finished(run, step)
+    return 0
+
+
+def finished(run, step):
+    say(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
+        f"next: python sample.py {run} --prompt \"class \"   (or train.py --steps N to go on, --fresh to start over)")
+
+
+def trim_metrics(run, step):
+    """Drop what was logged after the checkpoint, and a line cut short by a kill: the steps will be logged again."""
+    path, kept = run / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_beside(path, lambda f: f.write(b"".join(line + b"\n" for line in kept)))
+
+
+def main(argv=None):
+    warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process; start it with python train.py")
+    given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
+    run, train, config, continues = resolve(given_train, given_model)
+    if continues:
+        checkpoint = find_checkpoint(run)
+        step = read_json(checkpoint / "state.json")["step"] if checkpoint else 0
+        if step >= train.steps:
+            finished(run, step)
+            return 0
+        for leftover in run.glob("tmp_*"):
+            shutil.rmtree(leftover)
+        tokenizer, arrays = load_tokenizer(str(run)), read_data(run, train, config)
+        trim_metrics(run, step)
+    else:
+        checkpoint = None
+        tokenizer, config, arrays, shards = prepare(train, config, given_model)
+        size = 12 * sum(count_params(config)[kind] for kind in ("total", "mtp"))             # fp32 weights and two moments
+        room = shutil.disk_usage(next(p for p in run.absolute().parents if p.exists())).free
+        if room < size * (train.keep + 1):
+            raise BadInput(f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more than the {room / 1e9:.2f} GB free; "
+                           "make room, lower --keep, or choose another --out")
+        run.mkdir(parents=True, exist_ok=True)
+        if tokenizer.file:
+            write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
+        if not shards:
+            write_data(run, arrays)
+        write_json(run / "train.json", {**dataclasses.asdict(train), "torch": torch.__version__, "train_tokens": sum(map(len, arrays["train"]))})
+        write_json(run / "config.json", config.to_dict())                                    # last: its presence makes this a run
+    return train_run(run, train, config, tokenizer, arrays, checkpoint)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli("train.py", main))
