@@ -938,7 +938,9 @@ def load_checkpoint(folder, state):
     """Fill the tensors of `state`, a nested dict, in place from a checkpoint of train.py. Raises BadInput."""
     try:
         TensorMetadataOnly(io.BytesIO((folder / ".metadata").read_bytes())).load()           # tensors only, so nothing is unpickled
-        dcp.load(state, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")                        # one process needs no process group
+            dcp.load(state, checkpoint_id=folder)
     except (pickle.UnpicklingError, EOFError, OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise BadInput(f"checkpoint {folder} cannot be read: {reason.strip()}") from None

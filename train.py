@@ -17,6 +17,7 @@ token ids) and checkpoints step_00001234/ with `latest` naming the newest. Ctrl-
 import argparse
 import dataclasses
 import glob
+import hashlib
 import heapq
 import json
 import math
@@ -355,7 +356,8 @@ def permute(i, n, key):
     while True:
         left, right = i >> half, i & mask
         for r in range(4):
-            left, right = right, left ^ (zlib.crc32(f"{key}/{r}/{right}".encode()) & mask)
+            digest = hashlib.blake2s(f"{key}/{r}/{right}".encode(), digest_size=8).digest()  # not a CRC: those are linear
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
         i = left << half | right
         if i < n:
             return i
@@ -454,7 +456,9 @@ def save_checkpoint(run, step, model, optimizer, keep):
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        dcp.save(training_state(model, optimizer), checkpoint_id=temporary, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")                        # one process needs no process group
+            dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
         write_json(temporary / "state.json", {"step": step, "torch": torch.__version__})
         files = sorted(p.name for p in temporary.iterdir())
         write_json(temporary / "manifest.json", {name: [(temporary / name).stat().st_size, file_crc(temporary / name)] for name in files})

@@ -1,0 +1,887 @@
+"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about two minutes:
+
+    python -m pytest
+"""
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+import ling
+import sample
+import train
+from ling import PRESETS, BadInput, KVCache, Ling, LingConfig, Warmup, count_params, count_targets, update_expert_bias
+
+logging.disable(logging.INFO)                            # torch's checkpoint log would bury a failing test's own message
+torch.set_num_threads(1)                                 # two processes on two spinning cores would wait for each other
+HERE = Path(__file__).parent
+FIXTURES = Path(os.environ.get("LING_FIXTURES", HERE.parent / "shared" / "fixtures"))
+
+TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            intermediate_size=48, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, initializer_range=0.1)
+LING1 = dict(TINY, score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, norm_head=True, num_shared_experts=2,
+             router_aux_loss_coef=0.015, router_z_loss_coef=1e-4, moe_router_enable_expert_bias=False)
+LING2 = dict(TINY, n_group=4, topk_group=2, routed_scaling_factor=2.5, first_k_dense_replace=1, num_nextn_predict_layers=1,
+             mtp_loss_scaling_factor=0.1)
+
+
+def tokens_and_targets(B=3, S=12, V=64, seed=0, ignored=True):
+    rows = torch.randint(0, V, (B, S + 1), generator=torch.Generator().manual_seed(seed))
+    targets = rows[:, 1:].clone()
+    if ignored:
+        targets[0, -4:], targets[-1, 2] = -100, -1
+    return rows[:, :-1], targets
+
+
+def worst(a, b):
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model is Ling: the official code's outputs, and goldens that travel with this file
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="the official code's fixtures are not on this machine")
+@pytest.mark.parametrize("folder", sorted(FIXTURES.glob("*")) if FIXTURES.exists() else [], ids=lambda folder: folder.name)
+def test_equals_the_official_code(folder, tmp_path):
+    """Any of the twenty mistakes other engines made: NormHead axis, group masking, biased weights, RoPE layout, MTP order ..."""
+    golden, model = np.load(folder / "golden.npz"), Ling.from_pretrained(folder)
+    get = lambda key: torch.from_numpy(np.asarray(golden[key]))
+    ids = get("input_ids")
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        out = model(ids)
+    assert float((out.logits - get("logits")).abs().max()) < 2e-5
+    layers = [i for i in range(model.config.num_hidden_layers) if f"topk_idx.{i}" in golden]
+    counts = torch.stack([torch.bincount(get(f"topk_idx.{i}").flatten(), minlength=model.config.num_experts) for i in layers])
+    assert torch.equal(out.load, counts)
+    with torch.no_grad():                                # the experts themselves, token by token
+        chosen = []
+        hooks = [block.mlp.gate.register_forward_hook(lambda m, i, o: chosen.append(o[1])) for block in model.moe_blocks()]
+        model(ids)
+        [hook.remove() for hook in hooks]
+    for i, experts in zip(layers, chosen, strict=True):
+        assert torch.equal(experts.sort(-1).values.view(*ids.shape, -1), get(f"topk_idx.{i}").sort(-1).values)
+    out = model(ids, targets)
+    value = lambda name: float(out.parts[name].detach())
+    assert abs(value("ce") - float(golden["main_loss" if "main_loss" in golden else "loss"])) < 2e-6
+    if "mtp" in out.parts:
+        assert abs(value("mtp") - float(golden["mtp_loss_clean"])) < 2e-6
+    prefix = "b1_" if "b1_loss" in golden else ""        # with MTP the official loss leaks across rows, so batch 1 is compared
+    out = model(ids[:1], targets[:1]) if prefix else out
+    out.loss.backward()
+    where = {name: (own, index) for name, own, index in ling.released_table(model)}
+    grad = lambda name: model.get_parameter(where[name][0]).grad[where[name][1]]
+    for key in golden.files:
+        if key.startswith(prefix + "grad."):
+            assert worst(grad(key.removeprefix(prefix + "grad.")), get(key)) < 2e-5, key
+    for name, norm in zip(golden[prefix + "gradnorm_names"], golden[prefix + "gradnorm_values"]):
+        assert math.isclose(float(grad(str(name)).norm()), float(norm), rel_tol=1e-5), name
+    model.save_pretrained(tmp_path)
+    before, after = ling.read_safetensors(folder), ling.read_safetensors(tmp_path)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def sine_weights(model):
+    """Weights that are the same on every platform and version: a sine of the position, with a phase from the name."""
+    with torch.no_grad():
+        for name, p in [*model.named_parameters(), *model.named_buffers()]:
+            wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 12.9898 + zlib.crc32(name.encode()) % 1000)
+            p.copy_(((1.0 if name.endswith("norm.weight") else 0.0) + wave * (0.5 if "expert_bias" in name else 0.15)).view(p.shape))
+    return model
+
+
+# Made by this code where it equalled the official one on every fixture; the configurations are of the fixtures' kinds.
+_V1 = dict(LING1, num_experts=16, num_experts_per_tok=4, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+_V2 = dict(LING2, num_experts=16, num_experts_per_tok=4)
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+GOLDEN = {      # fields; sum of |logits|, ce, mtp, gradient norm of everything; load of the first MoE layer
+    "ling1-normhead": (_V1, 560.5791584, 4.3514662, 0.0, 5.1928940, [3, 7, 8, 4, 6, 6, 2, 4, 7, 4, 4, 6, 4, 3, 7, 5]),
+    "ling1-no-renorm": (dict(_V1, norm_head=False, norm_topk_prob=False, use_bias=True, num_key_value_heads=4, first_k_dense_replace=1),
+                        1313.0742032, 4.3548279, 0.0, 7.7063680, [0, 0, 5, 20, 9, 0, 0, 0, 0, 18, 15, 2, 0, 0, 0, 11]),
+    "ling1-yarn": (dict(_V1, rope_scaling=_YARN), 548.9540302, 4.3155756, 0.0, 7.7530165, [3, 7, 8, 4, 6, 6, 2, 4, 7, 4, 4, 6, 4, 3, 7, 5]),
+    "ling2-groups": (dict(_V2, num_nextn_predict_layers=0, mtp_loss_scaling_factor=0.0), 763.3153938, 4.6126175, 0.0, 11.1703005,
+                     [3, 12, 19, 19, 13, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]),
+    "ling2-mtp": (dict(_V2, rope_scaling=_YARN), 762.8917444, 4.6283369, 4.1853390, 14.9266491,
+                  [1, 12, 19, 19, 15, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name):
+    """A change of the mathematics where the official fixtures are not at hand."""
+    fields, logits, ce, mtp, norm, load = GOLDEN[name]
+    model = sine_weights(Ling(LingConfig(**fields)))
+    tokens, targets = tokens_and_targets(2, 10, ignored=False)
+    out = model(tokens, targets)
+    out.loss.backward()
+    got = [float(model(tokens).logits.double().abs().sum()), float(out.parts["ce"]), float(out.parts.get("mtp", 0.0)),
+           float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))]
+    assert got == pytest.approx([logits, ce, mtp, norm], rel=2e-5), got
+    assert out.load[0].tolist() == load
+
+
+@pytest.mark.parametrize("preset, changes, total, active, mtp", [
+    ("ling-lite", {}, 16_801_974_272, 2_753_153_024, 0),
+    ("ling-plus", dict(head_dim=None), 290_602_910_976, 29_004_170_496, 0),
+    ("ling-plus", {}, 292_540_679_424, 30_941_938_944, 0),
+    ("ling-mini-2.0", {}, 16_255_638_528, 1_432_968_192, 827_861_248),
+    ("ling-flash-2.0", {}, 102_889_697_280, 6_152_269_824, 3_306_180_864),
+    ("ling-1t", {}, 999_705_309_184, 51_054_407_680, 13_222_584_576)])
+def test_published_sizes(preset, changes, total, active, mtp):
+    """heads * head_dim taken for hidden_size, a forgotten shared expert, the wrong number of dense layers."""
+    counts = count_params(LingConfig(**{**PRESETS[preset], **changes}))
+    assert (counts["total"], counts["active"], counts["mtp"]) == (total, active, mtp)
+
+
+def test_flops_of_ling_lite():
+    """Counting all experts, forgetting the head, or a factor 2: the report's price of a trillion tokens depends on it."""
+    config = LingConfig(**PRESETS["ling-plus"] | {"head_dim": 96})                           # the paper's width, 5376
+    assert ling.flops_per_token(config, 4096) == pytest.approx(181.6e9, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: each fast path against its definition
+
+def test_every_op_has_a_case():
+    """An op that no test or benchmark ever calls."""
+    assert kernels.OPS.keys() == kernels.CASES.keys()
+
+
+@pytest.mark.parametrize("name", kernels.CASES)
+def test_parity(name):
+    """A fast path that is wrong, or less precise than rounding explains: values and every gradient, against fp64."""
+    error, own = kernels.parity(name)
+    assert error <= 2 * own + 5e-7, (error, own)
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.CASES if name != "attention"])
+def test_exact_in_fp64(name):
+    """A gradient that is nearly right: in double precision a fast path agrees with its definition to 1e-12."""
+    torch.manual_seed(1)
+    args = kernels.CASES[name](32, torch.float64)
+    for got, want in zip(kernels.grads(kernels.OPS[name], args), kernels.grads(kernels.OPS[name].reference, args), strict=True):
+        assert worst(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("T, k, choice", [(1, 1, "random"), (37, 2, "random"), (64, 3, "one"), (5, 8, "random"), (40, 2, "half")])
+@pytest.mark.parametrize("train", [True, False])
+def test_experts_at_the_edges(T, k, choice, train):
+    """Empty experts, every token on the same experts, one token, top-1, more choices than rows, a non-contiguous input."""
+    torch.manual_seed(0)
+    E, D, width = 8, 24, 16
+    chosen = torch.rand(T, E).topk(k).indices if choice == "random" else torch.arange(k).expand(T, k) + (4 if choice == "half" else 0)
+    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D), torch.randn(E, D, width))
+    if train:
+        for got, want in zip(kernels.grads(kernels.experts, args), kernels.grads(kernels.experts.reference, args), strict=True):
+            assert worst(got, want) < 2e-5
+    else:
+        with torch.no_grad():
+            assert worst(kernels.experts(*args), kernels.experts.reference(*args)) < 2e-5
+
+
+def test_definitions_and_fast_paths_train_alike(monkeypatch):
+    """A fast path that only fails in company: the whole model, loss and every gradient, definitions against fast paths."""
+    for fields in (LING1, LING2):
+        results = []
+        for mode in ("torch", "auto"):
+            monkeypatch.setattr(kernels, "MODE", mode)
+            model = Ling(LingConfig(**fields))
+            out = model(*tokens_and_targets())
+            out.loss.backward()
+            results.append([out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        for a, b in zip(*results, strict=True):
+            assert worst(b, a) < 2e-5
+
+
+def test_fused_mode_refuses_to_fall_back(monkeypatch):
+    """A benchmark of the fast path that silently timed the definition."""
+    monkeypatch.setattr(kernels, "MODE", "fused")
+    kernels.swiglu(torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match="no fast twin"):
+        kernels.swiglu(torch.randn(2, 8, dtype=torch.float16))
+
+
+def test_loss_holds_one_chunk_of_logits():
+    """Logits of the whole batch: 19 GB at Ling-lite's vocabulary. Only a chunk may exist at a time."""
+    sizes, T, V = [], 4096, 8192
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(o.numel() for o in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(o))
+            return out
+    x, w = torch.randn(T, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    with Spy():
+        kernels.linear_cross_entropy(x, w, torch.randint(0, V, (T,)), False)
+    assert max(sizes) * 4 <= 16 << 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Router
+
+def test_route_by_hand():
+    """Bias leaking into the weights, 0 instead of -inf for dropped groups, group score by maximum instead of top-2 sum."""
+    # sigmoid, 6 experts in 3 groups of 2, keep 2 groups, choose 2
+    score = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.3, 0.2]])
+    bias = torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0, -1.0])    # biased: -1.1 -1.9 | -1.4 -1.5 | -0.7 -0.8 -> groups 2 and 1
+    weights, experts, scores = kernels.route(score.logit(), bias, 2, 3, 2, "sigmoid", True, 2.5)
+    assert sorted(experts[0].tolist()) == [4, 5]                 # a mask of 0 would choose from the dropped group 0
+    order = experts[0].argsort()
+    assert torch.allclose(weights[0, order], torch.tensor([0.3, 0.2]) / 0.5 * 2.5)
+    # groups by their best expert alone would be 0 and 1
+    weights, experts, _ = kernels.route(score.logit(), None, 2, 3, 1, "sigmoid", True, 1.0)
+    assert sorted(experts[0].tolist()) == [2, 3]                 # 0.6 + 0.5 beats 0.9 + 0.1
+    # softmax over all experts first, then top-k; not renormalised
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    weights, experts, _ = kernels.route(logits, None, 2, 1, 1, "softmax", False, 1.0)
+    assert torch.allclose(weights.sort().values, logits.softmax(-1)[:, 1:])
+    # k = 1: the weight keeps its size, so the router gets a gradient
+    weights, _, _ = kernels.route(logits, None, 1, 1, 1, "sigmoid", True, 2.0)
+    assert torch.allclose(weights, 2 * logits.sigmoid()[:, 2:])
+
+
+def test_bias_steers_load_and_nothing_else():
+    """A bias that trains by gradient, drifts as a whole, moves the wrong way, or is updated for a Ling-1 router."""
+    model = Ling(LingConfig(**LING2))
+    gates = [block.mlp.gate for block in model.moe_blocks()]
+    assert len(gates) == 3 and "expert_bias" not in dict(model.named_parameters())
+    load = torch.tensor([[8, 0, 4, 4, 4, 4, 4, 4]] * 3)
+    update_expert_bias(model, load)
+    u = model.config.expert_bias_update_rate
+    for gate in gates:
+        assert torch.allclose(gate.expert_bias, torch.tensor([-u, u, 0, 0, 0, 0, 0, 0]))
+    update_expert_bias(model, torch.tensor([[9, 1, 1, 1, 1, 1, 1, 1]] * 3))
+    assert abs(float(gates[0].expert_bias.sum())) < 1e-9                                     # zero mean
+    assert model.load([]).shape == (0, 8)
+    ling1 = Ling(LingConfig(**LING1))
+    before = {k: v.clone() for k, v in ling1.state_dict().items()}
+    update_expert_bias(ling1, load)
+    assert all(torch.equal(before[k], v) for k, v in ling1.state_dict().items())
+
+
+def test_routing_warmup_starts_even_and_hands_over():
+    """Experts that starve in the first steps; noise that never ends, or that depends on how the batch was cut."""
+    config = LingConfig(**{**LING1, "num_experts": 16, "num_experts_per_tok": 4})
+    model = Ling(config)
+    with torch.no_grad():                                # a router that by itself sends everything to four experts
+        for block in model.moe_blocks():
+            block.mlp.gate.weight.zero_()[:4] = 1.0
+    tokens, targets = tokens_and_targets(8, 128, ignored=False)
+    load = lambda warmup, rows=slice(None): model(tokens[rows], targets[rows], warmup=warmup).load
+    imbalance = lambda load: float((load.amax(1) / load.float().mean(1)).max())
+    seeds = list(range(8))
+    assert imbalance(load(None)) > 1.8
+    assert imbalance(load(Warmup(0.0, seeds))) < 1.3
+    assert torch.equal(load(Warmup(1.0, seeds)), load(None))
+    whole, halves = load(Warmup(0.5, seeds)), [load(Warmup(0.5, seeds[i:i + 4]), slice(i, i + 4)) for i in (0, 4)]
+    assert torch.equal(whole, sum(halves))
+
+
+def test_balance_and_z_loss_by_hand():
+    """An auxiliary loss without a gradient, normalised by the wrong count, or counting padding."""
+    model = Ling(LingConfig(**LING1))
+    tokens, targets = tokens_and_targets()
+    seen = []
+    hooks = [b.mlp.gate.register_forward_hook(lambda m, i, o: seen.append((i[0], o[1]))) for b in model.moe_blocks()]
+    out = model(tokens, targets)
+    [hook.remove() for hook in hooks]
+    keep, balance, z = (targets >= 0).flatten(), 0.0, 0.0
+    for block, (x, chosen) in zip(model.moe_blocks(), seen):
+        logits = x @ block.mlp.gate.weight.T
+        share = F.one_hot(chosen[keep], 8).sum((0, 1)) / chosen[keep].numel()
+        balance = balance + 8 * (share * logits.softmax(-1)[keep].mean(0)).sum()
+        z = z + logits.logsumexp(-1)[keep].square().mean()
+    assert float(out.parts["balance"]) == pytest.approx(float(balance), rel=1e-5)
+    assert float(out.parts["z"]) == pytest.approx(float(z), rel=1e-5)
+    assert float(out.loss) == pytest.approx(float(out.parts["ce"] + 0.015 * balance + 1e-4 * z), rel=1e-6)
+    weight = model.layers[0].mlp.gate.weight
+    assert float(torch.autograd.grad(out.parts["balance"], weight)[0].abs().max()) > 0
+
+
+def test_norm_head_gradient_stops_at_the_norm():
+    """NormHead differentiated through its norm: right loss, lm_head gradient 5 % off (Ling1 fig. 20 lists the fix)."""
+    torch.manual_seed(0)
+    x, w, t = torch.randn(9, 4), torch.randn(7, 4, requires_grad=True), torch.randint(0, 7, (9,))
+    grad, = torch.autograd.grad(kernels.linear_cross_entropy(x, w, t, True), w)
+    norm = w.detach().norm(dim=0) + 1e-7
+    view = (w.detach() / norm).requires_grad_()
+    want, = torch.autograd.grad(F.cross_entropy(x @ view.T, t, reduction="sum"), view)
+    assert worst(grad, want / norm) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses, micro-batches, MTP, cache
+
+@pytest.mark.parametrize("fields", [LING1, LING2], ids=["ling1", "ling2"])
+def test_ignored_targets_count_nowhere(fields):
+    """Padding in the loss or in the load: the bias would balance padding."""
+    model = Ling(LingConfig(**{**fields, "num_nextn_predict_layers": 0, "mtp_loss_scaling_factor": 0.0}))
+    tokens, targets = tokens_and_targets(1, 10, ignored=False)
+    padded, padded_targets = F.pad(tokens, (0, 6), value=5), F.pad(targets, (0, 6), value=-100)
+    a, b = model(tokens, targets), model(padded, padded_targets)
+    assert float(a.loss) == pytest.approx(float(b.loss), rel=1e-6) and torch.equal(a.load, b.load)
+    assert int(a.load.sum()) == len(model.moe_blocks()) * 10 * model.config.num_experts_per_tok
+    nothing = model(tokens, torch.full_like(targets, -1))
+    assert float(nothing.loss) == 0.0 and int(nothing.load.sum()) == 0
+
+
+def test_micro_batches_add_up():
+    """Means of means: with ragged ignored targets, accumulated gradients would differ from the whole batch's."""
+    for fields in (LING2, dict(LING1, router_aux_loss_coef=0.0)):
+        model = Ling(LingConfig(**fields))
+        tokens, targets = tokens_and_targets(4)
+        whole = model(tokens, targets)
+        whole.loss.backward()
+        want = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        counts, loss, load = count_targets(model.config, targets), 0.0, 0
+        for rows in (slice(0, 1), slice(1, 4)):
+            out = model(tokens[rows], targets[rows], counts=counts)
+            out.loss.backward()
+            loss, load = loss + float(out.loss), load + out.load
+        assert loss == pytest.approx(float(whole.loss), rel=1e-6) and torch.equal(load, whole.load)
+        for got, grad in zip((p.grad for p in model.parameters() if p.grad is not None), want, strict=True):
+            assert worst(got, grad) < 2e-5
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_mtp_stays_within_its_row(depth):
+    """The official MTP loss scores the last position of a row against the next row, and depth 2 crashes."""
+    model = Ling(LingConfig(**{**LING2, "num_nextn_predict_layers": depth}))
+    tokens, targets = tokens_and_targets(2, ignored=False)
+    both = model(tokens, targets).parts["mtp"]
+    rows = [model(tokens[i:i + 1], targets[i:i + 1]).parts["mtp"] for i in (0, 1)]
+    assert float(both) == pytest.approx(float(sum(rows)) / 2, rel=1e-6)
+    assert count_targets(model.config, targets).tolist() == [24 - 2 * m for m in range(depth + 1)]
+
+
+@pytest.mark.parametrize("fields", [LING1, LING2], ids=["ling1", "ling2"])
+@pytest.mark.parametrize("prompt, batch", [(1, 1), (2, 3), (7, 1), (7, 3)])
+def test_cache_equals_full_forward(fields, prompt, batch):
+    """Positions off by one, a causal mask aligned to the wrong corner, a decode path of its own that drifts."""
+    model = Ling(LingConfig(**fields)).eval()
+    tokens, _ = tokens_and_targets(batch, 13)
+    with torch.no_grad():
+        full = model(tokens).logits
+        cache = KVCache(model.config, batch, 13)
+        parts = [model(tokens[:, :prompt], cache=cache).logits]                              # prefill
+        parts.append(model(tokens[:, prompt:prompt + 3], cache=cache).logits)                # several at once
+        parts += [model(tokens[:, i:i + 1], cache=cache).logits for i in range(prompt + 3, 13)]
+    assert float((torch.cat(parts, 1) - full).abs().max()) < 1e-5
+    assert cache.length == 13
+    with pytest.raises(BadInput, match="holds 13 positions, 14"):
+        model(tokens[:, :1], cache=cache)
+
+
+def test_generation_leaves_no_trace():
+    """A side channel: a call of the model that changes the next training loss."""
+    model = Ling(LingConfig(**LING2))
+    loss = lambda: float(model(*tokens_and_targets()).loss)
+    before = loss()
+    list(sample.generate(model, [1, 2, 3], 5))
+    assert loss() == before
+
+
+def test_init_by_role():
+    """The residual scaling on the wrong matrix (llama2.c scaled w3 for years), or weights that follow the order of creation."""
+    model = Ling(LingConfig(**{**TINY, "hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "moe_intermediate_size": 64}))
+    std, small = 0.1, 0.1 / math.sqrt(2 * 3)
+    block = model.layers[0]
+    for tensor, want in ((block.mlp.experts.down, small), (block.attention.dense.weight, small), (block.mlp.experts.gate_up, std),
+                         (block.attention.query_key_value.weight, std), (model.lm_head.weight, std), (block.mlp.gate.weight, std),
+                         (block.mlp.shared_experts.down, small)):
+        assert float(tensor.std()) == pytest.approx(want, rel=0.05)
+    assert float(block.input_layernorm.weight.min()) == 1.0 == float(block.attention.query_layernorm.weight.max())
+    assert not torch.equal(block.mlp.experts.down[0], block.mlp.experts.down[1])
+    deeper = Ling(dataclasses.replace(model.config, num_shared_experts=0))
+    assert torch.equal(deeper.layers[1].mlp.experts.gate_up, model.layers[1].mlp.experts.gate_up)      # by name, not by order
+    assert not torch.equal(Ling(model.config, seed=1).lm_head.weight, model.lm_head.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration and weights on disk
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(num_experts_per_tok=9), "num_experts_per_tok=9 exceeds num_experts=8"),
+    (dict(num_attention_heads=3), "num_attention_heads=3 is not a multiple"),
+    (dict(rotary_dim=3), "rotary width 3.*odd"),
+    (dict(rotary_dim=10), "outside 1..head_dim=8"),
+    (dict(n_group=3), "does not divide into n_group=3"),
+    (dict(n_group=4, topk_group=1, num_experts_per_tok=3), "raise topk_group to 2"),
+    (dict(topk_group=2), "topk_group=2 exceeds n_group=1"),
+    (dict(hidden_size=0), "hidden_size=0 must be at least 1"),
+    (dict(vocab_size="64"), "vocab_size='64' must be a number"),
+    (dict(rms_norm_eps=-1.0), "rms_norm_eps=-1.0"),
+    (dict(use_qk_norm=1), "use_qk_norm=1 must be true or false"),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2}), "'dynamic' is not supported"),
+    (dict(first_k_dense_replace=4), "first_k_dense_replace=4 exceeds"),
+])
+def test_bad_configs_fail_at_the_door(changes, words):
+    """A wrong shape found an hour later, or clamped in silence."""
+    with pytest.raises(BadInput, match=words):
+        LingConfig(**{**TINY, **changes})
+
+
+def test_released_configs():
+    """head_dim 0 and null, the other spelling of expert counts, rotary_dim instead of the factor, keys of the other generation."""
+    base = dict(architectures=["BailingMoeForCausalLM"], vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                num_key_value_heads=2, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=0)
+    config = LingConfig.from_dict(base | {"use_qk_norm": True, "n_group": 2})
+    assert (config.head_dim, config.num_experts, config.num_shared_experts, config.score_function) == (8, 4, 2, "softmax")
+    assert config.rotary_width == 8 and not config.use_qk_norm and config.n_group == 1 and config.norm_topk_prob
+    v2 = base | dict(architectures=["BailingMoeV2ForCausalLM"], score_function="softmax", rotary_dim=4, head_dim=16, norm_topk_prob=False)
+    config = LingConfig.from_dict(v2)
+    assert (config.score_function, config.rotary_width, config.norm_topk_prob, config.num_nextn_predict_layers) == ("sigmoid", 4, True, 0)
+    with pytest.warns(UserWarning, match="flux_capacitor"):
+        LingConfig.from_dict(base | {"flux_capacitor": 1})
+    for bad, words in (({"hidden_act": "gelu"}, "gelu"), ({"architectures": ["LlamaForCausalLM"]}, "Llama"), ({"norm_softmax": True}, "norm_softmax")):
+        with pytest.raises(BadInput, match=words):
+            LingConfig.from_dict(base | bad)
+    mix = LingConfig(**{**LING1, "use_qk_norm": True})                                       # neither generation
+    for config in (mix, LingConfig(**LING2), *(LingConfig(**fields) for fields in PRESETS.values())):
+        assert LingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_survive_a_round_trip(dtype, tmp_path):
+    """Stacked experts written in the wrong order, gate and up swapped, a shard cut through a layer, a bias rounded to bf16."""
+    model = Ling(LingConfig(**LING2))
+    for block in model.moe_blocks():
+        block.mlp.gate.expert_bias.normal_()
+    model.save_pretrained(tmp_path / "fp32")
+    loaded = Ling.from_pretrained(tmp_path / "fp32", dtype=dtype)
+    loaded.save_pretrained(tmp_path / "shards", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    again = Ling.from_pretrained(tmp_path / "shards")
+    for (name, a), b, c in zip(loaded.state_dict().items(), again.state_dict().values(), model.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype == (torch.float32 if "bias" in name else dtype) and torch.equal(a, b) and torch.equal(a, c.to(a.dtype)), name
+    tensors = ling.read_safetensors(tmp_path / "fp32")
+    expert = model.layers[1].mlp.experts
+    assert torch.equal(tensors["model.layers.1.mlp.experts.3.up_proj.weight"], expert.gate_up[3, 16:])
+    assert tensors["model.layers.3.eh_proj.weight"].shape == (32, 64)                        # MTP is stored as layer L
+    config = ling.read_json(tmp_path / "fp32" / "config.json")
+    ling.write_json(tmp_path / "fp32" / "config.json", config | {"num_nextn_predict_layers": 0})
+    assert not Ling.from_pretrained(tmp_path / "fp32").mtp                                   # a chat model's config skips MTP
+
+
+def write_raw(path, header, data=b"", length=None):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("header, data, length, words", [
+    ({"a": ENTRY}, bytes(8), 1 << 40, "header claims"),
+    (b"", b"", 8, "header claims"),
+    (b"{not json", b"", None, "does not parse"),
+    (b"[" * 100_000, b"", None, "does not parse"),
+    (b"[1]", b"", None, "does not parse"),
+    (b'{"a": {}, "a": {}}', b"", None, "appears twice"),
+    ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8), None, "does not parse"),
+    ({"a": ENTRY}, bytes(4), None, "lies at bytes 0..8 of 4"),
+    ({"a": ENTRY | {"shape": [3]}}, bytes(8), None, "lies at"),
+    ({"a": ENTRY | {"shape": [-2]}}, bytes(8), None, "shape"),
+    ({"a": ENTRY | {"data_offsets": [-8, 0]}}, bytes(8), None, "at bytes -8"),
+    ({"a": ENTRY | {"dtype": "F31"}}, bytes(8), None, "dtype"),
+    ({"a": ENTRY, "b": ENTRY}, bytes(8), None, "expected to start at 8"),
+    ({"a": ENTRY, "b": ENTRY | {"data_offsets": [12, 20]}}, bytes(20), None, "expected to start at 8"),
+    ({"a": ENTRY}, bytes(9), None, "belong to no tensor"),
+])
+def test_hostile_safetensors(header, data, length, words, tmp_path):
+    """Reading outside the file, allocating what a header claims, two tensors over the same bytes."""
+    write_raw(tmp_path / "model.safetensors", header, data, length)
+    with pytest.raises(BadInput, match=words):
+        ling.read_safetensors(tmp_path)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    """A missing, surplus, misshapen or integer tensor that loads anyway; an index that points outside its folder."""
+    model = Ling(LingConfig(**TINY))
+    model.save_pretrained(tmp_path)
+    good = ling.read_safetensors(tmp_path)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    for tensors, words in (({k: v for k, v in good.items() if k != name}, f"no tensor {name}"), (good | {"x.y": torch.ones(1)}, "unexpected tensor x.y"),
+                           (good | {name: torch.ones(3, 3)}, r"shape \[3, 3\]"), (good | {name: good[name].to(torch.int32)}, "stored as torch.int32")):
+        ling.write_safetensors(tmp_path / "model.safetensors", {k: v.clone() for k, v in tensors.items()})
+        with pytest.raises(BadInput, match=words):
+            Ling.from_pretrained(tmp_path)
+    for weight_map, words in (({"a": "../x.safetensors"}, "same folder"), ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
+                              ({"a": "model.safetensors"}, "lacks a")):
+        ling.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+        with pytest.raises(BadInput, match=words):
+            Ling.from_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="no config.json"):
+        Ling.from_pretrained(HERE)
+    with pytest.raises(BadInput, match="not a folder"):
+        Ling.from_pretrained(tmp_path / "nowhere")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers, sampling
+
+def test_bpe_by_hand():
+    """Wrong merge order, a pair counted twice in 'aaa', a heap entry used after its count changed. (Wikipedia's example.)"""
+    ranks = train.learn_bpe(["aaabdaaabac"], 256 + 3)
+    assert [token for token, rank in sorted(ranks.items(), key=lambda item: item[1])[256:]] == [b"aa", b"ab", b"aaab"]
+    text = (HERE / "sample.py").read_text()[:6000]
+    assert list(train.learn_bpe([text], 330)) == slow_bpe(text, 330)
+
+
+def slow_bpe(text, size):
+    """The definition: recount every pair before every merge."""
+    words = [[bytes([b]) for b in chunk.encode()] for chunk in train.CHUNKS.findall(text)]
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < size:
+        number = {token: i for i, token in enumerate(tokens)}
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        pair = min(counts, key=lambda p: (-counts[p], number[p[0]], number[p[1]]))
+        tokens.append(pair[0] + pair[1])
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == pair:
+                    word[i:i + 2] = [pair[0] + pair[1]]
+                i += 1
+    return tokens
+
+
+def test_tokenizers_round_trip(tmp_path):
+    """Text that does not survive, or user text that becomes a control token."""
+    text = "def f(x):\n\treturn 'Grüße 你好 🎉'  # 12345\r\n\r\n    \n <|endoftext|>"
+    ranks = train.learn_bpe([text * 3], 300)
+    path = tmp_path / "tokenizer.tiktoken"
+    path.write_bytes(sample.Tokenizer.from_ranks(ranks).file[1])
+    for tokenizer in (sample.load_tokenizer("bytes"), sample.load_tokenizer(str(path)), sample.load_tokenizer(str(tmp_path))):
+        ids = tokenizer.encode(text)
+        assert b"".join(map(tokenizer.bytes_of, ids)).decode() == text
+        assert tokenizer.end == tokenizer.size - 1 and tokenizer.end not in ids and tokenizer.bytes_of(tokenizer.end) == b""
+    assert sample.load_tokenizer("bytes").size == 257
+    for content in (b"YQ== 0\nYg== 2\n", b"not base64\n", b"YQ==\n"):
+        path.write_bytes(content)
+        with pytest.raises(BadInput):
+            sample.load_tokenizer(str(path))
+    with pytest.raises(BadInput, match="bpeN"):
+        sample.load_tokenizer("gpt-17")
+
+
+def released_json(merges, order=None):
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    vocab = {token: i for i, token in enumerate(alphabet + [a + b for a, b in merges])}
+    if order:
+        vocab |= order
+    return {"model": {"type": "BPE", "vocab": vocab, "merges": [f"{a} {b}" for a, b in merges]}, "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": sample.PATTERN}, "behavior": "Isolated"}, {"type": "ByteLevel", "use_regex": False}]},
+            "added_tokens": [{"id": len(vocab), "content": "<|endoftext|>"}, {"id": len(vocab) + 1, "content": "<role>"}]}
+
+
+def test_released_tokenizer(tmp_path):
+    """Ids taken for byte values (id 0 is '!'), NFC forgotten, a vocabulary tiktoken would cut differently accepted."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(released_json([("Ġ", "Ġ"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ã", "©")])))
+    tokenizer = sample.load_tokenizer(str(path))
+    assert tokenizer.encode(" the! e\u0301<role>") == [259, 0, 220, 260, *tokenizer.encode("<role>")]    # e + accent -> é under NFC
+    assert tokenizer.encode("!") == [0] and tokenizer.end == 261 and 262 not in tokenizer.encode("<role>")
+    path.write_text(json.dumps(released_json([("a", "b"), ("b", "c"), ("a", "bc")])))        # "abc" would be reached as ab + c
+    with pytest.raises(BadInput, match="is reached as"):
+        sample.load_tokenizer(str(path))
+    path.write_text(json.dumps(released_json([("a", "b"), ("c", "d")], {"ab": 257, "cd": 256})))
+    with pytest.raises(BadInput, match="do not follow"):
+        sample.load_tokenizer(str(path))
+
+
+def test_stream_holds_back():
+    """Half a character printed as rubbish; a stop string that slips through because it came in two tokens."""
+    stream = sample.Stream()
+    assert [stream.push(bytes([b])) for b in "é🎉".encode()] == ["", "é", "", "", "", "🎉"]
+    stream = sample.Stream(("\nclass", "END"))
+    assert stream.push(b"x\n") == "x" and stream.push(b"cl") == "" and stream.push(b"y E") == "\ncly " and stream.push(b"ND z") == ""
+    assert stream.stopped
+
+
+def test_sampling_filters_by_hand():
+    """top-p that drops the token which crosses the threshold, a penalty that favours seen tokens with negative logits."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    none = torch.tensor([], dtype=torch.int64)
+    def support(**kwargs):
+        draw = torch.Generator().manual_seed(0)
+        return {sample.next_token(logits, none, draw, temperature=1.0, **kwargs) for _ in range(200)}
+    assert support() == {0, 1, 2, 3} and support(top_k=2) == {0, 1} and support(top_p=0.6) == {0, 1} and support(top_p=0.5) == {0}
+    assert support(min_p=0.25) == {0, 1, 2}
+    assert sample.next_token(logits, torch.tensor([0]), None, temperature=0, repetition_penalty=3.0) == 1
+    model = Ling(LingConfig(**TINY))
+    draw = lambda seed: [token for token, _ in sample.generate(model, [1], 20, seed=seed)]
+    assert draw(3) == draw(3) != draw(4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data and schedules
+
+def test_permutation_is_one():
+    """A sample seen twice while another is never seen."""
+    for n in (1, 2, 3, 5, 100, 1000):
+        assert sorted(train.permute(i, n, "key") for i in range(n)) == list(range(n))
+
+
+def data_of(n=1000, S=16, seed=0, parts=1):
+    arrays = {"train": list(np.array_split(np.arange(n, dtype=np.uint16), parts)), "val": [np.arange(50, dtype=np.uint16)]}
+    return train.Data(arrays, train.TrainConfig(seq_len=S, batch_tokens=S * 4, seed=seed))
+
+
+def test_samples_depend_on_nothing_but_their_number():
+    """An order that changes with the batch size, the number of processes or a restart."""
+    data = data_of(parts=3)
+    whole = data.batch(0, 12, "cpu")[0]
+    assert torch.equal(whole, torch.cat([data.batch(0, 5, "cpu")[0], data.batch(5, 7, "cpu")[0]]))
+    n = int(data.ends[-1])
+    epochs = [sorted(int(data.window(k)[0]) for k in range(e * n, (e + 1) * n)) for e in (0, 1)]
+    assert epochs[0] == epochs[1] and len(set(epochs[0])) == n                               # each window once an epoch
+    assert [int(data.window(k)[0]) for k in range(n)] != [int(data.window(k)[0]) for k in range(n, 2 * n)]
+    tokens, targets = data.batch(3, 1, "cpu")
+    assert torch.equal(tokens[0, 1:], targets[0, :-1])
+    scored = torch.cat([y[y >= 0] for _, y in data.held_out(2, "cpu")])
+    assert scored.tolist() == list(range(1, 50))                                             # every held-out token once
+
+
+def test_schedules():
+    """Warm-up that starts at zero or overshoots, a decay that jumps, a batch schedule that loses samples."""
+    c = train.TrainConfig(steps=1000, warmup_steps=10, lr=1.0, decay=0.2, final_lr=0.1)
+    lrs = [train.lr_at(s, c) for s in range(1000)]
+    assert lrs[0] == 0.1 and lrs[9] == lrs[500] == lrs[800] == 1.0 and min(lrs[801:]) >= 0.1 and lrs == lrs[:801] + sorted(lrs[801:], reverse=True)
+    ling1 = dataclasses.replace(c, halve_at=0.6, decay=0.0)
+    assert (train.lr_at(599, ling1), train.lr_at(600, ling1), train.lr_at(999, ling1)) == (1.0, 0.5, 0.5)
+    c = train.TrainConfig(steps=10, seq_len=8, batch_tokens=64, batch_warmup_steps=4, batch_start=0.25)
+    assert np.diff(train.batch_schedule(c)).tolist() == [2, 4, 5, 6, 8, 8, 8, 8, 8, 8]
+
+
+def test_shards(tmp_path):
+    """A header read as tokens, uint32 read as uint16, an id beyond the vocabulary found in the middle of a run."""
+    ids = np.arange(3000, dtype=np.uint16) % 500
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(ids)
+    (tmp_path / "fineweb.bin").write_bytes(header.tobytes() + ids.tobytes())
+    (tmp_path / "raw16.bin").write_bytes(ids.tobytes())
+    (tmp_path / "raw32.bin").write_bytes(ids.astype(np.uint32).tobytes())
+    for name, vocab in (("fineweb", 500), ("raw16", 500), ("raw32", 70_000)):
+        assert np.array_equal(train.open_shard(tmp_path / f"{name}.bin", vocab), ids)
+    with pytest.raises(BadInput, match="token id 499, beyond the vocabulary of 499"):
+        train.open_shard(tmp_path / "raw16.bin", 499)
+    (tmp_path / "cut.bin").write_bytes(header.tobytes() + ids[:-5].tobytes())
+    with pytest.raises(BadInput, match="header promises 3000"):
+        train.open_shard(tmp_path / "cut.bin", 500)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+FLAGS = """--data text.txt --tokenizer bytes --hidden_size 32 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2
+           --num_experts 8 --moe_intermediate_size 16 --seq_len 16 --batch_tokens 64 --micro_batch_tokens 32 --steps 12 --warmup_steps 2
+           --save_every 2 --eval_every 6""".split()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"line {i * i % 997} of the corpus, é\n" for i in range(700)))
+    return tmp_path
+
+
+def cli(module, *argv):
+    """Run a command line in this process -> exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = sample.run_cli(f"{module.__name__}.py", lambda: module.main(list(argv)))
+        except SystemExit as stop:
+            code = stop.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return code or 0, out.getvalue(), err.getvalue()
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_run_from_start_to_text(folder):
+    """The quick start: trains, evaluates, saves, samples, says what to do next; a second start says it is finished."""
+    code, out, err = cli(train, *FLAGS)
+    run = folder / "runs/toy"
+    assert code == 0, err
+    assert "sample, after" in out and "next: python sample.py runs/toy" in out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps, evals = [line for line in lines if "loss" in line], [line for line in lines if "val_bpb" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13)) and [line["step"] for line in evals] == [6, 12]
+    assert {"step", "tokens", "loss", "ce", "lr", "grad_norm", "tokens_per_s", "mfu", "imbalance", "skipped"} <= steps[0].keys()
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["tokens"] == 12 * 64 and steps[0]["mfu"] is None
+    assert (run / "latest").read_text() == "step_00000012" and len(list(run.glob("step_*"))) == 2
+    code, out, _ = cli(train, *FLAGS)
+    assert code == 0 and out.startswith("finished") and len(losses(run)) == 12
+    code, out, err = cli(sample, str(run), "--prompt", "line é", "--tokens", "12", "--show-routing")
+    assert code == 0 and out.startswith("line é") and "tokens/s" in err and "\033[" in out
+    assert cli(sample, "--prompt", "line", "--tokens", "9")[1] == cli(sample, str(run), "--prompt", "line", "--tokens", "9")[1]
+    before = (run / "metrics.jsonl").read_bytes()
+    assert cli(train, *FLAGS, "--fresh", "--steps", "2")[0] == 0
+    assert (folder / "runs/toy-2").exists() and (run / "metrics.jsonl").read_bytes() == before
+    exported = folder / "exported"
+    Ling.from_pretrained(run).save_pretrained(exported)
+    code, _, err = cli(train, *FLAGS[:2], "--init", str(exported), "--tokenizer", "bytes", "--out", "runs/tuned", *FLAGS[16:])
+    assert code == 0, err
+    assert losses(folder / "runs/tuned")[1] < steps[0]["loss"] - 0.2                         # it starts from what it was given
+
+
+def test_stop_and_kill_change_nothing(folder):
+    """A resumed run that sees other samples, another learning rate, or moments from zero: every loss must be bit for bit the same."""
+    assert cli(train, *FLAGS, "--out", "runs/whole")[0] == 0
+    want = losses(folder / "runs/whole")
+    for name, how in (("term", signal.SIGTERM), ("kill", signal.SIGKILL)):
+        run = folder / "runs" / name
+        for attempt in range(2):                                                             # stopped after some steps, twice
+            process = subprocess.Popen([sys.executable, HERE / "train.py", *FLAGS, "--out", str(run)], stdout=subprocess.PIPE, text=True,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            while process.poll() is None and not (run / "metrics.jsonl").exists() or len(losses(run)) < 3 + 4 * attempt:
+                assert process.poll() is None or process.returncode == 0
+                time.sleep(0.001)
+            process.send_signal(how)
+            out, _ = process.communicate()
+            if how == signal.SIGTERM and process.returncode == 0 and "finished" not in out:
+                assert "the same command continues it" in out
+        code, _, err = cli(train, *FLAGS, "--out", str(run))
+        assert code == 0, err
+        assert losses(run) == want
+
+
+def test_damaged_checkpoints(folder):
+    """A truncated or altered checkpoint that loads; one that runs code; losing everything because the newest is bad."""
+    assert cli(train, *FLAGS, "--steps", "4", "--keep", "9", "--eval_every", "0")[0] == 0
+    run, weights = folder / "runs/toy", Ling.from_pretrained("runs/toy").lm_head.weight.clone()
+    newest = next((run / "step_00000004").glob("*.distcp"))
+    good = newest.read_bytes()
+    for bad in (good[:-100], good[:5000] + bytes([good[5000] ^ 1]) + good[5001:]):
+        newest.write_bytes(bad)
+        with pytest.warns(UserWarning, match="step_00000004 is damaged"):
+            assert not torch.equal(Ling.from_pretrained("runs/toy").lm_head.weight, weights)
+    code, _, err = cli(train, *FLAGS, "--steps", "4", "--keep", "9", "--eval_every", "0")
+    assert code == 0 and "step_00000004 is damaged" in err and torch.equal(Ling.from_pretrained("runs/toy").lm_head.weight, weights)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch executed",)
+    step = run / "step_00000004"
+    (step / ".metadata").write_bytes(pickle.dumps(Evil()))
+    manifest = ling.read_json(step / "manifest.json")
+    manifest[".metadata"] = [(step / ".metadata").stat().st_size, ling.file_crc(step / ".metadata")]
+    ling.write_json(step / "manifest.json", manifest)
+    with pytest.raises(BadInput, match="no business in a checkpoint"):
+        Ling.from_pretrained("runs/toy")
+    assert not (folder / "executed").exists()
+
+
+def test_disk_full(folder):
+    """A failed save that takes the last good checkpoint with it, or leaves half a folder that fills the disk."""
+    assert cli(train, *FLAGS, "--steps", "2")[0] == 0
+    code = f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); " \
+           "import sample, train; sys.exit(sample.run_cli('train.py', train.main))"
+    process = subprocess.run([sys.executable, "-c", code, *FLAGS], capture_output=True, text=True)
+    assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr
+    assert "cannot save a checkpoint of step 4" in process.stderr.splitlines()[-1]
+    assert [path.name for path in sorted((folder / "runs/toy").glob("*_*"))] == ["step_00000002"]
+    assert cli(train, *FLAGS)[0] == 0                                                        # with room again it goes on
+    assert max(losses(folder / "runs/toy")) == 12
+
+
+BAD = {
+    "--stps 5": "unrecognized arguments: --stps",
+    "--preset huge": "invalid choice: 'huge'",
+    "--steps many": "invalid int value",
+    "--num_experts_per_tok 99": "num_experts_per_tok=99 exceeds num_experts=8",
+    "--num-attention-heads 5": "num_attention_heads=5",
+    "--rotary_dim 3": "odd",
+    "--n_group 3": "n_group=3",
+    "--topk_group 1 --num_experts_per_tok 3": "fewer than",
+    "--data nowhere.txt": "nowhere.txt: no such file",
+    "--data empty.txt": "empty",
+    "--data binary.dat": "not UTF-8",
+    "--data nul.txt": "binary",
+    "--data ids.bin": "token id 999, beyond the vocabulary of 257",
+    "--data ids.bin text.txt": "mixes",
+    "--data ids.bin --tokenizer bpe300": "already token ids",
+    "--seq_len 400000 --batch_tokens 400000 --micro_batch_tokens 400000": "exceeds max_position_embeddings",
+    "--seq_len 4096 --batch_tokens 4096 --micro_batch_tokens 4096 --data short.txt": "less than one window",
+    "--batch_tokens 70": "not a multiple of --seq_len 16; try 64",
+    "--micro_batch_tokens 8": "below one sequence",
+    "--lr nan": "--lr nan",
+    "--keep 0": "--keep 0",
+    "--tokenizer bpe12": "must be in 257",
+    "--tokenizer nonsense": "nonsense",
+    "--tokenizer bytes --vocab_size 200": "more than vocab_size=200",
+    "--init nowhere": "nowhere is not a folder",
+    "--init .": "no config.json",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input(flags, folder):
+    """A traceback, an error without a remedy, or a run folder left behind by a run that could not start."""
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("too short")
+    (folder / "binary.dat").write_bytes(bytes(range(256)) * 8)
+    (folder / "nul.txt").write_bytes(b"text\0text")
+    (folder / "ids.bin").write_bytes((np.arange(4000, dtype=np.uint16) % 1000).tobytes())
+    before = sorted(folder.rglob("*"))
+    code, _, err = cli(train, *FLAGS, *flags.split())
+    assert code == 2 and BAD[flags] in err and len(err.splitlines()) == 1 and err.startswith("train.py: error: "), (code, err)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_bad_resume_and_bad_sampling(folder):
+    """Continuing a run with another architecture, seed or corpus; sampling with another run's tokenizer."""
+    assert cli(train, *FLAGS, "--steps", "2")[0] == 0
+    for flags, words in ((["--num_experts", "4"], "num_experts=8"), (["--seed", "5"], "started with 0"), (["--tokenizer", "bpe300"], "'bytes'")):
+        code, _, err = cli(train, *FLAGS, *flags)
+        assert code == 2 and words in err and "--fresh" in err and len(err.splitlines()) == 1, err
+    for flags, words in ((["--tokens", "0"], "at least 1"), (["--temperature", "-1"], "0 or more"), (["--top_p", "0"], "above 0"),
+                         (["--tokens", "99999"], "max_position_embeddings"), (["--tokenizer", "nope"], "nope"), (["--topk", "3"], "unrecognized")):
+        code, _, err = cli(sample, "runs/toy", "--prompt", "x", *flags)
+        assert code == 2 and words in err and len(err.splitlines()) == 1, err
+    (folder / "runs/toy/config.json").rename(folder / "runs/toy/config.moved")
+    code, _, err = cli(sample, "runs/toy")
+    assert code == 2 and "no config.json" in err
+
+
+def test_routers_stay_balanced_and_dense_runs(folder):
+    """A recipe that does not run: Ling 1's losses and warm-up, the dense baseline, batch warm-up, MTP."""
+    for flags in (["--preset", "toy-lite", "--router_warmup_steps", "6"], ["--dense"], ["--batch_warmup_steps", "6"],
+                  ["--num_nextn_predict_layers", "1", "--mtp_loss_scaling_factor", "0.1"]):
+        code, _, err = cli(train, *FLAGS, *flags, "--out", "runs/" + flags[0].strip("-"))
+        assert code == 0, err
+    lines = [json.loads(line) for line in (folder / "runs/preset/metrics.jsonl").read_text().splitlines()]
+    assert {"ce", "balance", "z"} <= lines[0].keys() and lines[0]["imbalance"] < 1.8         # noise only: even, for 64 tokens
+    dense = LingConfig.from_dict(ling.read_json(folder / "runs/dense/config.json"))
+    counts = [count_params(LingConfig.from_dict(ling.read_json(folder / f"runs/{name}/config.json"))) for name in ("dense", "batch_warmup_steps")]
+    assert dense.first_k_dense_replace == dense.num_hidden_layers
+    assert 1.0 <= counts[0]["active"] / counts[1]["active"] < 1.05
