@@ -61,8 +61,9 @@ def case(name):
 
 
 def on_cpu(x):
-    """The CPU twins are eager code for float32 and float64; torch.compile traces the definitions instead."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    """The CPU twins are eager code for float32 and float64; torch.compile and autocast see the definitions instead."""
+    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def route(logits, expert_bias, k, n_group, topk_group, score_function, norm_topk
         choice = groups.masked_fill(dropped.unsqueeze(-1), -math.inf).flatten(-2)
     experts = choice.topk(k, dim=-1, sorted=False).indices
     weights = scores.gather(-1, experts)
-    if norm_topk_prob and k > 1:
+    if norm_topk_prob and k > 1:                                                             # k = 1 keeps its size: else no gradient
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * scale, experts, scores
 
@@ -309,7 +310,7 @@ def sort_by_expert(chosen, E):
 
 
 def small(x, chosen):
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and chosen.numel() <= 512 and x.shape[1] % 8 == 0
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and chosen.numel() <= 512 and x.shape[1] % 8 == 0
 
 
 @experts.fused(when=lambda x, weights, chosen, gate_up, down: small(x, chosen) and down.shape[2] % 8 == 0)
@@ -414,7 +415,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counted, t = (t >= 0).to(x.dtype), t.clamp(min=0).unsqueeze(-1)
             logits = torch.mm(x[chunk], weight.T)                                            # (rows,V)
             at_target, top = logits.gather(1, t), logits.amax(1)
-            probs = logits.softmax(1)
+            probs = torch.softmax(logits, 1, out=logits)                                     # in place: a fresh 16 MiB is page faults
             # logsumexp from the largest probability (>= 1/V, so its log is exact enough) saves a pass of exp
             loss += (top - probs.amax(1).log() - at_target.squeeze(1)).dot(counted)
             if wants_x or wants_weight:

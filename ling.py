@@ -27,7 +27,8 @@ What differs from a Llama-style dense model:
     score_function      softmax over all experts                      sigmoid per expert
     choice              top-k                                         top-k of score + expert_bias, among the best groups
     weights             chosen scores [over their sum]                chosen scores over their sum, times routed_scaling_factor
-    even load           balance loss, z-loss, routing warm-up         expert_bias moved by the sign of each expert's error
+    even load           balance loss, routing warm-up                 expert_bias moved by the sign of each expert's error
+    small logits        z-loss 1e-4                                   z-loss 3.5e-6
     norm_head           yes                                           no
     use_qk_norm         no                                            yes
     rotary width        all of head_dim                               the first half of it
@@ -41,7 +42,8 @@ References, quoted beside the line that implements them:
 
 Shapes: B batch, S sequence, T = B*S tokens, D hidden_size, V vocabulary, L blocks, E experts, k experts per token, F expert
 width, H query heads, KV key/value heads, d head_dim, r rotary width. A linear map stores (out, in), as in the releases.
-Tensors are named as in the released files; only the experts are stacked, E matrices in one tensor (section 9).
+Tensors are named as in the released files, but for three things (section 8): experts are stacked, E matrices in one tensor; a SwiGLU's
+gate and up are one matrix; MTP blocks have a list of their own.
 """
 import dataclasses
 import io
@@ -66,6 +68,11 @@ from kernels import attention, experts, linear_cross_entropy, norm_head_scale, r
 
 class BadInput(ValueError):
     """Something the user gave cannot work. The message names the value, the limit and the remedy in one line."""
+
+
+def require(ok, message):
+    if not ok:
+        raise BadInput(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,46 +131,36 @@ class LingConfig:
     expert_bias_update_rate: float = option(1e-3, "u, step of the expert bias")
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.hidden_size // max(1, self.num_attention_heads)     # released: null and 0 too
+        self.head_dim, self.rotary_dim = self.head_dim or None, self.rotary_dim or None          # some releases say 0
+        may_be_zero = ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers", "router_warmup_steps")
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), int(f.type is int and f.name not in may_be_zero and not f.name.endswith("_id"))
+            if f.type is bool:
+                require(isinstance(value, bool), f"{f.name}={value!r} must be true or false")
+            elif f.type in (int, float) and not (value is None and f.default is None):
+                require(isinstance(value, (int, f.type)) and not isinstance(value, bool), f"{f.name}={value!r} must be a number ({f.type.__name__})")
+                require(least <= value < math.inf, f"{f.name}={value} must be at least {least} and finite")
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.moe_shared_expert_intermediate_size = self.moe_shared_expert_intermediate_size or self.moe_intermediate_size
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.type in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, f.type))):
-                if not (value is None and f.default is None):
-                    raise BadInput(f"{f.name}={value!r} must be a number ({f.type.__name__})")
-            if f.type is bool and not isinstance(value, bool):
-                raise BadInput(f"{f.name}={value!r} must be true or false")
-        zero = {"first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers", "router_warmup_steps", "pad_token_id",
-                "eos_token_id"}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and value is not None and value < (f.name not in zero):
-                raise BadInput(f"{f.name}={value} must be at least {int(f.name not in zero)}")
-            if f.type is float and not 0 <= value < math.inf:
-                raise BadInput(f"{f.name}={value} must be a finite number of at least 0")
-        H, KV, E, k, G = (self.num_attention_heads, self.num_key_value_heads, self.num_experts, self.num_experts_per_tok,
-                          self.n_group)
-        check = lambda ok, message: None if ok else (_ for _ in ()).throw(BadInput(message))
-        check(H % KV == 0, f"num_attention_heads={H} is not a multiple of num_key_value_heads={KV}; choose a divisor of {H}")
-        check(k <= E, f"num_experts_per_tok={k} exceeds num_experts={E}; lower it to {E} or less")
-        check(E % G == 0, f"num_experts={E} does not divide into n_group={G} equal groups; choose a divisor of {E}")
-        check(self.topk_group <= G, f"topk_group={self.topk_group} exceeds n_group={G}; lower it to {G} or less")
-        check(self.topk_group * (E // G) >= k, f"topk_group={self.topk_group} groups of {E // G} experts hold fewer than "
-              f"num_experts_per_tok={k}; raise topk_group to {-(-k * G // E)} or more")
-        check(self.score_function in ("softmax", "sigmoid"), f"score_function={self.score_function!r} is neither softmax nor sigmoid")
-        check(self.first_k_dense_replace <= self.num_hidden_layers, f"first_k_dense_replace={self.first_k_dense_replace} exceeds "
-              f"num_hidden_layers={self.num_hidden_layers}")
-        check(0 < self.rotary_width <= self.head_dim, f"rotary width {self.rotary_width} is outside 1..head_dim={self.head_dim}; "
-              "set partial_rotary_factor in (0, 1] or rotary_dim")
-        check(self.rotary_width % 2 == 0, f"rotary width {self.rotary_width} (of head_dim={self.head_dim}) is odd, but dims rotate in "
-              "pairs; set rotary_dim to an even number")
-        check(self.rope_theta > 0 and self.rms_norm_eps > 0, f"rope_theta={self.rope_theta} and rms_norm_eps={self.rms_norm_eps} "
-              "must be above 0")
+        H, KV, E, k, G, r = (self.num_attention_heads, self.num_key_value_heads, self.num_experts, self.num_experts_per_tok, self.n_group,
+                             self.rotary_width)
+        require(H % KV == 0, f"num_attention_heads={H} is not a multiple of num_key_value_heads={KV}; choose a divisor of {H}")
+        require(k <= E, f"num_experts_per_tok={k} exceeds num_experts={E}; lower it to {E} or less")
+        require(E % G == 0, f"num_experts={E} does not divide into n_group={G} equal groups; choose a divisor of {E}")
+        require(self.topk_group <= G, f"topk_group={self.topk_group} exceeds n_group={G}; lower it to {G} or less")
+        require(self.topk_group * (E // G) >= k, f"topk_group={self.topk_group} groups of {E // G} experts hold fewer than "
+                f"num_experts_per_tok={k}; raise topk_group to {-(-k * G // E)} or more")
+        require(self.score_function in ("softmax", "sigmoid"), f"score_function={self.score_function!r} is neither softmax nor sigmoid")
+        require(self.first_k_dense_replace <= self.num_hidden_layers,
+                f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers={self.num_hidden_layers}")
+        require(0 < r <= self.head_dim, f"rotary width {r} is outside 1..head_dim={self.head_dim}; set partial_rotary_factor in (0, 1] or rotary_dim")
+        require(r % 2 == 0, f"rotary width {r} (of head_dim={self.head_dim}) is odd, but dims rotate in pairs; set rotary_dim to an even number")
+        require(self.rope_theta > 1 and self.rms_norm_eps > 0, f"rope_theta={self.rope_theta} must be above 1, rms_norm_eps={self.rms_norm_eps} above 0")
         if self.rope_scaling is not None:
-            check(isinstance(self.rope_scaling, dict), f"rope_scaling={self.rope_scaling!r} must be a JSON object or null")
+            require(isinstance(self.rope_scaling, dict), f"rope_scaling={self.rope_scaling!r} must be a JSON object or null")
             kind, factor = rope_type(self), self.rope_scaling.get("factor", 1.0)
-            check(kind in ("default", "linear", "yarn"), f"rope_scaling type {kind!r} is not supported; use linear, yarn or null")
-            check(isinstance(factor, (int, float)) and factor >= 1, f"rope_scaling factor {factor!r} must be a number of at least 1")
+            require(kind in ("default", "linear", "yarn"), f"rope_scaling type {kind!r} is not supported; use linear, yarn or null")
+            require(isinstance(factor, (int, float)) and factor >= 1, f"rope_scaling factor {factor!r} must be a number of at least 1")
 
     @property
     def rotary_width(self):
@@ -176,19 +173,16 @@ class LingConfig:
     @classmethod
     def from_dict(cls, d):
         """A released config.json. Raises BadInput on a value the model cannot honour; warns of keys it does not know."""
-        if not isinstance(d, dict):
-            raise BadInput("config.json must hold a JSON object")
+        require(isinstance(d, dict), "config.json must hold a JSON object")
         d = dict(d)
         for old, new in (("n_routed_experts", "num_experts"), ("n_shared_experts", "num_shared_experts")):    # Ling-plus-base
             if old in d:
                 d.setdefault(new, d.pop(old))
-        names = {f.name for f in dataclasses.fields(cls)}
-        missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in d]
-        if missing:
-            raise BadInput(f"config.json has no {', '.join(missing)}: not the configuration of a Ling model")
+        missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
+                                   "num_experts_per_tok", "moe_intermediate_size") if d.get(key) is None]
+        require(not missing, f"config.json has no {', '.join(missing)}: not the configuration of a Ling model")
         for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True)):
-            if d.get(key, want) != want:
-                raise BadInput(f"{key}={d[key]!r} in config.json: Ling is {want!r}, and nothing else is implemented")
+            require(d.get(key, want) == want, f"{key}={d.get(key)!r} in config.json: Ling is {want!r}, and nothing else is implemented")
         # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
         architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
@@ -204,8 +198,8 @@ class LingConfig:
         for key, default in (("num_shared_experts", 0), ("first_k_dense_replace", 0), ("num_nextn_predict_layers", 0)):
             d[key] = d.get(key) or default
         d["mtp_loss_scaling_factor"] = d.get("mtp_loss_scaling_factor") or 0.0
-        unknown = sorted(d.keys() - names - IGNORED)
-        if unknown:
+        names = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(d.keys() - names - IGNORED):
             warnings.warn(f"config.json: ignored unknown keys {', '.join(unknown)}", stacklevel=2)
         return cls(**{key: value for key, value in d.items() if key in names and value is not None})
 
@@ -232,10 +226,10 @@ _LING2_RELEASE = dict(_LING2, vocab_size=157184, rope_theta=600000.0, max_positi
                       pad_token_id=156892, eos_token_id=156892)
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's
-    "toy": dict(_LING2, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, num_experts=16,
+    "toy": dict(_LING2, hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, num_experts=16,
                 num_experts_per_tok=2, moe_intermediate_size=128, n_group=4, topk_group=2, initializer_range=0.02,
-                routed_scaling_factor=1.0),
-    "toy-lite": dict(_LING1, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, num_experts=16,
+                routed_scaling_factor=1.0, expert_bias_update_rate=0.01),
+    "toy-lite": dict(_LING1, hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, num_experts=16,
                      num_experts_per_tok=2, moe_intermediate_size=128, initializer_range=0.02, router_warmup_steps=50),
     # for one GPU and an evening
     "small": dict(_LING2, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1536,
@@ -309,9 +303,10 @@ class RoPETables:
         """-> cos, sin: fp32 (length, r/2) of positions start .. start + length - 1."""
         end = start + length
         if end > len(self.cos) or self.cos.device != device:
-            inv_freq, factor = rope_frequencies(self.config)
-            angle = torch.outer(torch.arange(1 << (end - 1).bit_length(), dtype=torch.float32, device=device), inv_freq.to(device))
-            self.cos, self.sin = angle.cos() * factor, angle.sin() * factor
+            with torch.inference_mode(False):                                                # training may use these tables next
+                inv_freq, factor = rope_frequencies(self.config)
+                angle = torch.outer(torch.arange(1 << (end - 1).bit_length(), dtype=torch.float32, device=device), inv_freq.to(device))
+                self.cos, self.sin = angle.cos() * factor, angle.sin() * factor
         return self.cos[start:end], self.sin[start:end]
 
 
@@ -319,19 +314,20 @@ class RoPETables:
 # 3. Attention
 
 class KVCache:
-    """Keys and values of every layer for generation, (L,B,max_length,KV,d) each, and how many positions are filled."""
+    """What generation keeps between calls: keys and values of every layer, (L,B,max_length,KV,d) each, how many positions are
+    filled, and NormHead's scale. Made on first use, in the dtype and on the device of the first keys."""
 
-    def __init__(self, config, batch_size, max_length, dtype=torch.float32, device=None):
-        shape = (config.num_hidden_layers, batch_size, max_length, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, config, batch_size, max_length):
+        self.shape = (config.num_hidden_layers, batch_size, max_length, config.num_key_value_heads, config.head_dim)
+        self.keys = self.values = self.head_scale = None
         self.length = 0                                          # moved by Ling.forward, once all layers have written
-        self.head_scale = None                                   # NormHead's scale: weights do not change while generating
 
     def update(self, layer, k, v):
         """Append k, v (B,S,KV,d) of one layer -> all keys and values so far, (B,length+S,KV,d)."""
         end = self.length + k.shape[1]
-        if end > self.keys.shape[2]:
-            raise BadInput(f"the cache holds {self.keys.shape[2]} positions, {end} are needed; make KVCache with max_length >= {end}")
+        require(end <= self.shape[2], f"the cache holds {self.shape[2]} positions, {end} are needed; make KVCache with max_length >= {end}")
+        if self.keys is None:
+            self.keys, self.values = k.new_empty(self.shape), k.new_empty(self.shape)
         self.keys[layer, :, self.length:end], self.values[layer, :, self.length:end] = k, v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
@@ -352,7 +348,7 @@ class Attention(nn.Module):
         H, KV, d = self.H, self.KV, self.d
         qk, v = self.query_key_value(x).split([(H + KV) * d, KV * d], dim=-1)
         norm = None
-        if self.query_layernorm is not None:                                                 # [Ling2]: bounds the logits; before RoPE
+        if self.query_layernorm is not None:                                                 # [Ling2]: bounds the logits; rope applies it first
             norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
         q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
         v = v.unflatten(-1, (KV, d))
@@ -383,7 +379,7 @@ class Warmup(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What one MoE layer reports: load (E,) int64 rows per expert; balance and z, 0-d sums over counted tokens, or None."""
+    """What one MoE layer reports: load (E,) int64 rows per expert; balance and z, 0-d sums over counted tokens, None if unused."""
     load: torch.Tensor
     balance: torch.Tensor
     z: torch.Tensor
@@ -399,9 +395,10 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", None if config.is_ling1 else torch.zeros(config.num_experts))
 
     def forward(self, x, counted, warmup):
-        """x (T,D); counted (T,) bool or None = all -> weights (T,k), experts (T,k), Routing."""
+        """x (T,D) -> weights (T,k), experts (T,k), Routing. counted (T,) bool: tokens whose target is scored; None: no targets."""
         c = self.config
-        logits = F.linear(x.float(), self.weight.float())                                    # (T,E)
+        with torch.autocast(x.device.type, enabled=False):                                   # or mixed precision would undo .float()
+            logits = F.linear(x.float(), self.weight.float())                                # (T,E)
         mixed = logits if warmup is None else warmup.mix(logits, self.layer)
         weights, chosen, scores = route(mixed, self.expert_bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.score_function,
                                         c.norm_topk_prob, c.routed_scaling_factor)
@@ -409,11 +406,12 @@ class Router(nn.Module):
         load = torch.bincount((chosen if counted is None else chosen[counted]).flatten(), minlength=c.num_experts)     # (E,)
         balance = z = None
         if counted is not None and c.router_aux_loss_coef:
-            # [Switch] eq. 4-6: E * sum_e f_e P_e, f the share of routed rows, P the mean score; 1 when even. Only P has a gradient.
+            # [Switch] eq. 4-6: E * sum_e f_e P_e, f the share of routed rows, P the mean score (Ling.forward divides by the count);
+            # 1 when even. Only P has a gradient. f is of this micro-batch, so here alone a split of the batch changes the value.
             share = load / load.sum().clamp(min=1)
             balance = c.num_experts * (share * (scores * counted.unsqueeze(1)).sum(0)).sum()
         if counted is not None and c.router_z_loss_coef:
-            z = (logits.logsumexp(-1).square() * counted).sum()                              # [STMoE] eq. 5: keeps logits small
+            z = (logits.logsumexp(-1).square() * counted).sum()                              # [STMoE] eq. 5, on the router's own logits
         return weights, chosen, Routing(load, balance, z)
 
 
@@ -505,9 +503,9 @@ class MTP(Block):
         self.eh_proj = nn.Linear(2 * D, D, bias=False)
 
     def forward(self, h, embedding, cos_sin, counted, warmup):                               # both (B,S,D)
-        z = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(h)], dim=-1))          # embedding first
-        z, routing = super().forward(z, cos_sin, counted, None, warmup)
-        return self.final_layernorm(z), routing
+        x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(h)], dim=-1))          # embedding first: [DSv3] writes it second
+        x, routing = super().forward(x, cos_sin, counted, None, warmup)
+        return self.final_layernorm(x), routing
 
 
 class Output(NamedTuple):
@@ -536,13 +534,16 @@ class Ling(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.word_embeddings.weight
+        self.tie()
         L = config.num_hidden_layers
         self.mtp = nn.ModuleList(MTP(config, L + m) for m in range(config.num_nextn_predict_layers))
         self.rope = RoPETables(config)
-        if not self.norm.weight.is_meta:
+        if not self.norm.weight.is_meta:                         # on the meta device there is nothing to fill yet
             self.init_weights(seed)
+
+    def tie(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.word_embeddings.weight
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -569,11 +570,12 @@ class Ling(nn.Module):
     def forward(self, tokens, targets=None, cache=None, *, counts=None, warmup=None, logits_to_keep=0):
         """tokens (B,S) int64, targets (B,S) int64 already shifted by one, negative = ignored -> Output.
 
+        There is no attention mask: pad on the right, where causal attention never looks, and ignore the padding's targets.
         cache: a KVCache that tokens continue. counts: count_targets() of the whole step, if this batch is only a part of it.
         warmup: a Warmup, or None. logits_to_keep: only the last so many positions' logits (0: all)."""
         (B, S), c = tokens.shape, self.config
-        if targets is not None and targets.shape != tokens.shape:
-            raise BadInput(f"targets {tuple(targets.shape)} must have the shape of tokens {(B, S)}")
+        require(S > 0, "tokens (B,S) must have at least one position")
+        require(targets is None or targets.shape == tokens.shape, "targets must have the shape of tokens, (B,S)")
         cos_sin = self.rope(0 if cache is None else cache.length, S, tokens.device)
         counted = None if targets is None else (targets >= 0).flatten()                      # (T,)
         x, routings = self.word_embeddings(tokens), []
@@ -584,12 +586,12 @@ class Ling(nn.Module):
         if cache is not None:
             cache.length += S
         if targets is None:
-            return Output(self.logits(x[:, -logits_to_keep:], cache), None, {}, self.load(routings))
+            return Output(self.logits(x[:, -logits_to_keep:], cache), None, {}, self.stack_loads(routings))
 
         # Every term is a sum over this batch divided by the count of the whole step, so gradients of micro-batches simply add.
         counts = (count_targets(c, targets) if counts is None else counts).clamp(min=1)
         head = lambda h, t: linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, t.flatten(), c.norm_head)
-        parts = {"ce": head(x, targets) / counts[0]}
+        parts = {"ce": head(x, targets) / counts[0]}                                         # mean of -log p(target)
         if self.mtp:
             losses, h = [], x                                                                # x after the final norm
             for m, block in enumerate(self.mtp, start=1):
@@ -599,15 +601,15 @@ class Ling(nn.Module):
                 losses.append(head(h, further) / counts[m])
                 routings.append((routing, m))
             parts["mtp"] = torch.stack(losses).mean()                                        # [DSv3 eq. 25]
-        for name in ("balance", "z"):
-            terms = [getattr(r, name) / counts[m] for r, m in routings if r is not None and getattr(r, name) is not None]
-            if terms:
-                parts[name] = torch.stack(terms).sum()                                       # one term for each MoE layer
-        loss = (parts["ce"] + c.mtp_loss_scaling_factor * parts.get("mtp", 0.0) + c.router_aux_loss_coef * parts.get("balance", 0.0)
-                + c.router_z_loss_coef * parts.get("z", 0.0))
-        return Output(None, loss, parts, self.load(routings))
+        for routing, m in routings:                                                          # summed over MoE layers, MTP's too
+            for name, value in (("balance", routing and routing.balance), ("z", routing and routing.z)):
+                if value is not None:
+                    parts[name] = parts.get(name, 0.0) + value / counts[m]
+        scale = {"ce": 1.0, "mtp": c.mtp_loss_scaling_factor, "balance": c.router_aux_loss_coef, "z": c.router_z_loss_coef}
+        loss = sum(scale[name] * part for name, part in parts.items())
+        return Output(None, loss, parts, self.stack_loads(routings))
 
-    def load(self, routings):
+    def stack_loads(self, routings):
         loads = [routing.load for routing, _ in routings if routing is not None]
         return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64)
 
@@ -633,26 +635,28 @@ class Ling(nn.Module):
         with torch.device("meta"):
             model = cls(read_config(path))
         if (checkpoint := find_checkpoint(path)) is not None:
-            model.to_empty(device=device or "cpu").to(dtype=dtype)
-            load_checkpoint(checkpoint, {"model": model.state_dict()})
+            load_checkpoint(checkpoint, {"model": model.to_empty(device=device or "cpu").state_dict()})
+            model.tie()
+            for p in model.parameters():
+                p.data = p.data.to(dtype)
             return model
         tensors, table = read_safetensors(path), list(released_table(model))
         check_table(path, model, tensors, table)
-        for name, own, _ in table:                                                           # memory in the stored dtype, once
+        stored = {}                                                                          # our tensor -> widest dtype of its pieces
+        for name, own, _ in table:
+            kept = torch.float32 if own.endswith("expert_bias") else dtype or tensors[name].dtype
+            stored[own] = torch.promote_types(stored.get(own, kept), kept)
+        for own, kept in stored.items():
             module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
-            old = getattr(module, leaf)
-            if old.is_meta:
-                is_bias = leaf == "expert_bias"
-                new = torch.zeros(old.shape, dtype=torch.float32 if is_bias else dtype or tensors[name].dtype, device=device)
-                setattr(module, leaf, new if is_bias else nn.Parameter(new))
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.word_embeddings.weight
+            new = torch.zeros(getattr(module, leaf).shape, dtype=kept, device=device)
+            setattr(module, leaf, new if leaf == "expert_bias" else nn.Parameter(new))
+        model.tie()
         for name, own, index in table:
             if name in tensors:
-                model.get_parameter_or_buffer(own)[index].copy_(tensors.pop(name))
+                model.own_tensor(own)[index].copy_(tensors.pop(name))
         return model
 
-    def get_parameter_or_buffer(self, name):
+    def own_tensor(self, name):
         module, _, leaf = name.rpartition(".")
         return getattr(self.get_submodule(module), leaf)
 
@@ -660,19 +664,21 @@ class Ling(nn.Module):
     def save_pretrained(self, path, max_shard_bytes=10 << 30):
         """Write config.json and model.safetensors (or shards and an index), under the released names."""
         path = Path(path)
+        require(not any(path.glob("step_*")), f"{path} is a run of train.py, which would go on loading its checkpoints; save elsewhere")
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: self.get_parameter_or_buffer(own)[index] for name, own, index in released_table(self)}
+        tensors = {name: self.own_tensor(own)[index] for name, own, index in released_table(self)}
         dtype = str(self.word_embeddings.weight.dtype).removeprefix("torch.")
         write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
-        shards = [{}]
+        shards, room = [{}], max_shard_bytes
         for name, tensor in tensors.items():
-            if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-                shards.append({})
-            shards[-1][name] = tensor
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        files = files if len(shards) > 1 else ["model.safetensors"]
+            if shards[-1] and tensor.nbytes > room:
+                shards, room = [*shards, {}], max_shard_bytes
+            shards[-1][name], room = tensor, room - tensor.nbytes
+        files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         for file, shard in zip(files, shards):
             write_safetensors(path / file, shard)
+        for old in {*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")} - {path / file for file in files}:
+            old.unlink()                                                                     # of an earlier save, cut differently
         if len(shards) > 1:
             write_json(path / "model.safetensors.index.json", {
                 "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
@@ -700,14 +706,11 @@ def flops_per_token(config, seq_len):
     """Training FLOPs per token, forward plus backward: 6 for each weight a token is multiplied with (active experts, router,
     lm_head, and for each MTP depth its block and lm_head again; not the embedding look-up), plus causal attention,
     6 * seq_len * H * d per layer, the mean query seeing half the window. Recomputation is not counted."""
-    c, counts = config, count_params(config)
-    with torch.device("meta"):
-        model = Ling(config)
-    head = c.vocab_size * c.hidden_size
-    idle_share = 1 - c.num_experts_per_tok / c.num_experts
-    mtp = sum(sum(p.numel() for p in b.parameters()) - idle_share * b.mlp.experts.gate_up.numel() * 1.5 + head for b in model.mtp)
-    layers = c.num_hidden_layers + c.num_nextn_predict_layers
-    return 6 * (counts["active_non_embedding"] + head + mtp) + 6 * layers * seq_len * c.num_attention_heads * c.head_dim
+    c, counts, depth = config, count_params(config), config.num_nextn_predict_layers
+    head, expert = c.vocab_size * c.hidden_size, 3 * c.moe_intermediate_size * c.hidden_size
+    mtp = counts["mtp"] - depth * (c.num_experts - c.num_experts_per_tok) * expert
+    attention = (c.num_hidden_layers + depth) * seq_len * c.num_attention_heads * c.head_dim
+    return 6 * (counts["active_non_embedding"] + mtp + (1 + depth) * head + attention)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -726,7 +729,7 @@ def released_table(model):
         if leaf not in ("gate_up", "down"):
             yield released, own, ...
             continue
-        width = model.get_parameter_or_buffer(own).shape[-2 if leaf == "gate_up" else -1] // (2 if leaf == "gate_up" else 1)
+        width = model.own_tensor(own).shape[-2 if leaf == "gate_up" else -1] // (2 if leaf == "gate_up" else 1)
         parts = [("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))] if leaf == "gate_up" else [("down_proj", ...)]
         for part, rows in parts:
             if stem.endswith(".experts"):
@@ -744,17 +747,16 @@ def check_table(path, model, tensors, table):
                              (name.startswith("model.layers.") and name.split(".")[2].isdigit() and not c.num_nextn_predict_layers
                               and int(name.split(".")[2]) >= c.num_hidden_layers))
     missing = sorted(expected - tensors.keys() - optional)
-    unexpected = sorted(name for name in tensors.keys() - expected if not is_extra(name))
-    for kind, names in (("has no tensor", missing), ("has an unexpected tensor", unexpected)):
-        if names:
-            raise BadInput(f"{path} {kind} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") +
-                           "; config.json and the weights must come from the same model")
+    surplus = sorted(name for name in tensors.keys() - expected if not is_extra(name))
+    for kind, names in (("has no tensor", missing), ("has an unexpected tensor", surplus)):
+        require(not names, f"{path} {kind} {names[0] if names else ''}" + f" and {len(names) - 1} more" * (len(names) > 1) +
+                "; config.json and the weights must come from the same model")
     for name, own, index in table:
-        want, tensor = model.get_parameter_or_buffer(own)[index].shape, tensors.get(name)
-        if tensor is not None and tensor.shape != want:
-            raise BadInput(f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(want)}")
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise BadInput(f"{path}: {name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 weights can be read")
+        if (tensor := tensors.get(name)) is not None:
+            want = model.own_tensor(own)[index].shape
+            require(tensor.shape == want, f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(want)}")
+            require(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16),
+                    f"{path}: {name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 weights can be read")
 
 
 def write_beside(path, write):
@@ -786,10 +788,8 @@ def read_json(path):
 
 def read_config(folder):
     """LingConfig of a released checkpoint or of a run."""
-    if not Path(folder).is_dir():
-        raise BadInput(f"{folder} is not a folder; give one that holds config.json and weights")
-    if not (Path(folder) / "config.json").exists():
-        raise BadInput(f"{folder} has no config.json; give the folder of a released Ling model or of a run")
+    require(Path(folder).is_dir(), f"{folder} is not a folder; give one that holds config.json and weights")
+    require((Path(folder) / "config.json").exists(), f"{folder} has no config.json; give the folder of a released Ling model or of a run")
     return LingConfig.from_dict(read_json(Path(folder) / "config.json"))
 
 
@@ -801,71 +801,59 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 def read_safetensors(folder):
     """All tensors of a folder's *.safetensors as {name: tensor}, memory-mapped: pages are read when a tensor is copied."""
-    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    index, tensors = Path(folder) / "model.safetensors.index.json", {}
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or any(not isinstance(f, str) or Path(f).name != f for f in weight_map.values()):
-            raise BadInput(f"{index}: weight_map must map tensor names to file names in the same folder")
-        tensors = {}
-        for file in sorted(set(weight_map.values())):
-            own = read_safetensors_file(folder / file)
-            for name in (name for name, f in weight_map.items() if f == file):
-                if name not in own:
-                    raise BadInput(f"{folder / file} lacks {name}, which the index places there")
-                tensors[name] = own[name]
-        return tensors
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BadInput(f"{folder} has no *.safetensors and no readable checkpoint")
-    tensors = {}
-    for file in files:
+        weight_map = read_json(index)
+        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+        require(isinstance(weight_map, dict) and all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()),
+                f"{index}: weight_map must map tensor names to file names in the same folder")
+        files = {file: read_safetensors_file(index.with_name(file)) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            require(name in files[file], f"{index.with_name(file)} lacks {name}, which the index places there")
+            tensors[name] = files[file][name]
+    for file in [] if index.exists() else sorted(Path(folder).glob("*.safetensors")):
         own = read_safetensors_file(file)
-        if twice := tensors.keys() & own.keys():
-            raise BadInput(f"{file} repeats {min(twice)}; remove the surplus *.safetensors or add the index")
+        twice = sorted(tensors.keys() & own.keys())
+        require(not twice, f"{file} repeats {twice[:1]}; remove the surplus *.safetensors or add the index")
         tensors |= own
+    require(tensors, f"{folder} has no weights: neither *.safetensors nor an intact checkpoint of a run")
     return tensors
 
 
 def read_safetensors_file(path):
     """One file as {name: tensor}. The format: u64 header length, JSON {name: {dtype, shape, data_offsets}}, raw bytes.
     Length, JSON and offsets are validated against the file's size before any byte of data is touched."""
-    bad = lambda why: BadInput(f"{path} is damaged or not safetensors: {why}")
-    if not path.is_file():
-        raise BadInput(f"{path} is missing")
+    check = lambda ok, why: require(ok, f"{path} is damaged or not safetensors: {why}")
+    require(path.is_file(), f"{path} is missing")
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, 100 << 20):
-            raise bad(f"the header claims {length} bytes; the file has {size}, and the format allows 100 MiB")
+        check(8 + length <= size and length <= 100 << 20, f"its header claims {length} bytes; the file has {size}, and the format allows 100 MiB")
         raw = f.read(length)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
-        entries = sorted(((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items()),
-                         key=lambda entry: entry[:2])
+        entries = [(start, end, name, str(entry["dtype"]), entry["shape"])
+                   for name, entry in header.items() for start, end in [entry["data_offsets"]]]
+        entries.sort(key=lambda entry: entry[:2])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise bad(f"its header does not parse ({type(error).__name__}: {error})") from None
-    data, tensors, position = np.memmap(path, mode="c") if size else None, {}, 0              # "c": writes never reach the file
+        check(False, f"its header does not parse ({type(error).__name__}: {error})")
+    data, tensors, position = np.memmap(path, mode="c")[8 + length:], {}, 0                  # "c": writes never reach the file
+    is_size = lambda n: type(n) is int and n >= 0
     for start, end, name, dtype, shape in entries:
-        is_size = lambda n: type(n) is int and n >= 0
-        if dtype not in DTYPES:
-            raise bad(f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
-        if not (isinstance(shape, list) and all(map(is_size, shape)) and is_size(start) and is_size(end)):
-            raise bad(f"{name} has shape {shape} at bytes {start}..{end}")
-        if start != position or end - start != math.prod(shape) * DTYPES[dtype].itemsize or end > size - 8 - length:
-            raise bad(f"{name}, {dtype} {shape}, lies at bytes {start}..{end} of {size - 8 - length}; expected to start at {position}")
-        position = end
-        piece = torch.from_numpy(data[8 + length + start:8 + length + end])
-        aligned = piece.storage_offset() % DTYPES[dtype].itemsize == 0 and piece.data_ptr() % DTYPES[dtype].itemsize == 0
-        tensors[name] = (piece if aligned else piece.clone()).view(DTYPES[dtype]).reshape(shape)
-    if position != size - 8 - length:
-        raise bad(f"{size - 8 - length - position} bytes at its end belong to no tensor")
+        check(dtype in DTYPES, f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        check(isinstance(shape, list) and all(map(is_size, [start, end, *shape])), f"{name} has shape {shape} at bytes {start}..{end}")
+        check(start == position and end - start == math.prod(shape) * DTYPES[dtype].itemsize and end <= len(data),
+              f"{name}, {dtype} {shape}, lies at bytes {start}..{end} of {len(data)}; expected to start at {position}")
+        piece, position = torch.from_numpy(data[start:end]), end
+        piece = piece if piece.data_ptr() % 8 == 0 else piece.clone()                        # a header may end at any byte
+        tensors[name] = piece.view(DTYPES[dtype]).reshape(shape)
+    check(position == len(data), f"{len(data) - position} bytes at its end belong to no tensor")
     return tensors
 
 
 def unique_keys(pairs):
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key appears twice")
+    require(len(dict(pairs)) == len(pairs), "a key appears twice")
     return dict(pairs)
 
 

@@ -168,7 +168,7 @@ def generate(model, prompt, tokens, seed=0, stop_ids=(), **sampling):
     if len(prompt) + tokens > limit:
         raise BadInput(f"{len(prompt)} tokens of prompt and {tokens} new ones exceed max_position_embeddings={limit}; "
                        f"shorten the prompt or ask for at most {max(0, limit - len(prompt))}")
-    cache = KVCache(model.config, 1, len(prompt) + tokens, model.word_embeddings.weight.dtype, device)
+    cache = KVCache(model.config, 1, len(prompt) + tokens)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([prompt], device=device)
     if len(prompt) > 1:
@@ -229,6 +229,9 @@ def run_cli(prog, main):
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:                                     # no space, no permission: not the program's fault either
+        print(f"{prog}: error: {error}; what was saved before is untouched: mend this and run the same command", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

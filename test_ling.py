@@ -51,7 +51,7 @@ def tokens_and_targets(B=3, S=12, V=64, seed=0, ignored=True):
 
 
 def worst(a, b):
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+    return float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-12))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_golden(name):
     tokens, targets = tokens_and_targets(2, 10, ignored=False)
     out = model(tokens, targets)
     out.loss.backward()
-    got = [float(model(tokens).logits.double().abs().sum()), float(out.parts["ce"]), float(out.parts.get("mtp", 0.0)),
+    got = [float(model(tokens).logits.detach().double().abs().sum()), float(out.parts["ce"].detach()), float(torch.as_tensor(out.parts.get("mtp", 0.0)).detach()),
            float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))]
     assert got == pytest.approx([logits, ce, mtp, norm], rel=2e-5), got
     assert out.load[0].tolist() == load
@@ -268,7 +268,7 @@ def test_bias_steers_load_and_nothing_else():
         assert torch.allclose(gate.expert_bias, torch.tensor([-u, u, 0, 0, 0, 0, 0, 0]))
     update_expert_bias(model, torch.tensor([[9, 1, 1, 1, 1, 1, 1, 1]] * 3))
     assert abs(float(gates[0].expert_bias.sum())) < 1e-9                                     # zero mean
-    assert model.load([]).shape == (0, 8)
+    assert model.stack_loads([]).shape == (0, 8)
     ling1 = Ling(LingConfig(**LING1))
     before = {k: v.clone() for k, v in ling1.state_dict().items()}
     update_expert_bias(ling1, load)
@@ -307,11 +307,26 @@ def test_balance_and_z_loss_by_hand():
         share = F.one_hot(chosen[keep], 8).sum((0, 1)) / chosen[keep].numel()
         balance = balance + 8 * (share * logits.softmax(-1)[keep].mean(0)).sum()
         z = z + logits.logsumexp(-1)[keep].square().mean()
-    assert float(out.parts["balance"]) == pytest.approx(float(balance), rel=1e-5)
-    assert float(out.parts["z"]) == pytest.approx(float(z), rel=1e-5)
-    assert float(out.loss) == pytest.approx(float(out.parts["ce"] + 0.015 * balance + 1e-4 * z), rel=1e-6)
+    torch.testing.assert_close(out.parts["balance"], balance, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.parts["z"], z, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.loss, out.parts["ce"] + 0.015 * balance + 1e-4 * z, rtol=1e-6, atol=0)
     weight = model.layers[0].mlp.gate.weight
     assert float(torch.autograd.grad(out.parts["balance"], weight)[0].abs().max()) > 0
+
+
+def test_router_stays_fp32_under_autocast():
+    """Mixed precision rounding the router's logits to bf16: tokens silently change experts."""
+    model = Ling(LingConfig(**LING2))
+    seen = []
+    model.layers[1].mlp.gate.register_forward_hook(lambda m, i, o: seen.append((i[0], o[0], o[1])))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*tokens_and_targets())
+    out.loss.backward()
+    x, weights, chosen = seen[0]
+    gate = model.layers[1].mlp.gate
+    exact = kernels.route(x.double() @ gate.weight.T.double(), None, 2, 4, 2, "sigmoid", True, 2.5)
+    assert out.loss.dtype == weights.dtype == torch.float32 and torch.equal(chosen.sort(-1).values, exact[1].sort(-1).values)
+    assert worst(weights.sort(-1).values, exact[0].float().sort(-1).values) < 1e-5
 
 
 def test_norm_head_gradient_stops_at_the_norm():
@@ -427,6 +442,7 @@ def test_init_by_role():
     (dict(topk_group=2), "topk_group=2 exceeds n_group=1"),
     (dict(hidden_size=0), "hidden_size=0 must be at least 1"),
     (dict(vocab_size="64"), "vocab_size='64' must be a number"),
+    (dict(hidden_size="64", head_dim=None), "hidden_size='64' must be a number"),
     (dict(rms_norm_eps=-1.0), "rms_norm_eps=-1.0"),
     (dict(use_qk_norm=1), "use_qk_norm=1 must be true or false"),
     (dict(rope_scaling={"type": "dynamic", "factor": 2}), "'dynamic' is not supported"),
@@ -458,6 +474,18 @@ def test_released_configs():
         assert LingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_tied_weights_stay_tied(folder):
+    """Two matrices after loading a tied run, which then train apart; a tied head written twice."""
+    assert cli(train, *FLAGS, "--steps", "2", "--tie_word_embeddings")[0] == 0
+    model = Ling.from_pretrained("runs/toy")
+    assert model.lm_head.weight is model.word_embeddings.weight
+    model.save_pretrained("tied")
+    again = Ling.from_pretrained("tied")
+    assert again.lm_head.weight is again.word_embeddings.weight and "lm_head.weight" not in ling.read_safetensors("tied")
+    with pytest.raises(BadInput, match="save elsewhere"):
+        model.save_pretrained("runs/toy")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_survive_a_round_trip(dtype, tmp_path):
     """Stacked experts written in the wrong order, gate and up swapped, a shard cut through a layer, a bias rounded to bf16."""
@@ -469,6 +497,8 @@ def test_weights_survive_a_round_trip(dtype, tmp_path):
     loaded.save_pretrained(tmp_path / "shards", max_shard_bytes=20_000)
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
     again = Ling.from_pretrained(tmp_path / "shards")
+    loaded.save_pretrained(tmp_path / "shards")                                              # over it, in one file: no stale shard or index
+    assert [path.name for path in sorted((tmp_path / "shards").glob("model*"))] == ["model.safetensors"]
     for (name, a), b, c in zip(loaded.state_dict().items(), again.state_dict().values(), model.state_dict().values(), strict=True):
         assert a.dtype == b.dtype == (torch.float32 if "bias" in name else dtype) and torch.equal(a, b) and torch.equal(a, c.to(a.dtype)), name
     tensors = ling.read_safetensors(tmp_path / "fp32")
@@ -496,6 +526,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     (b"[1]", b"", None, "does not parse"),
     (b'{"a": {}, "a": {}}', b"", None, "appears twice"),
     ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8), None, "does not parse"),
+    ({"a": ENTRY | {"data_offsets": [0, 4, 8]}}, bytes(8), None, "three|parse|shape"),
+    ({"a": ENTRY | {"dtype": []}}, bytes(8), None, "dtype"),
     ({"a": ENTRY}, bytes(4), None, "lies at bytes 0..8 of 4"),
     ({"a": ENTRY | {"shape": [3]}}, bytes(8), None, "lies at"),
     ({"a": ENTRY | {"shape": [-2]}}, bytes(8), None, "shape"),
@@ -523,7 +555,7 @@ def test_weights_that_do_not_fit(tmp_path):
         ling.write_safetensors(tmp_path / "model.safetensors", {k: v.clone() for k, v in tensors.items()})
         with pytest.raises(BadInput, match=words):
             Ling.from_pretrained(tmp_path)
-    for weight_map, words in (({"a": "../x.safetensors"}, "same folder"), ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
+    for weight_map, words in (({"a": "../x.safetensors"}, "same folder"), ({"a": ""}, "same folder"), ([], "same folder"), ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
                               ({"a": "model.safetensors"}, "lacks a")):
         ling.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
         with pytest.raises(BadInput, match=words):
@@ -885,3 +917,91 @@ def test_routers_stay_balanced_and_dense_runs(folder):
     counts = [count_params(LingConfig.from_dict(ling.read_json(folder / f"runs/{name}/config.json"))) for name in ("dense", "batch_warmup_steps")]
     assert dense.first_k_dense_replace == dense.num_hidden_layers
     assert 1.0 <= counts[0]["active"] / counts[1]["active"] < 1.05
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python test_ling.py: the speed of the whole model beside its peers, for the README. Never a test: machines differ.
+
+BENCH = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=16,
+             num_experts_per_tok=4, moe_intermediate_size=128, tie_word_embeddings=True, initializer_range=0.02)
+
+
+def peers():
+    """{name: model} of the same shapes: ours, its dense twin, and transformers' MoE classes where that package is installed."""
+    active = LingConfig(**BENCH)
+    dense = train.dense_twin(dataclasses.asdict(active))
+    models = {"ling": Ling(active), "ling --dense": Ling(LingConfig(**dense))}
+    try:
+        import transformers
+    except ImportError:
+        print("pip install 'transformers>=5' to see its classes beside ours")
+        return models
+    shapes = {key: BENCH[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")}
+    shapes |= dict(max_position_embeddings=4096, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    gqa = dict(num_key_value_heads=2, head_dim=64)
+    configs = {
+        "DeepseekV3": dict(num_key_value_heads=4, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=128, n_shared_experts=1,
+                           first_k_dense_replace=0, n_group=1, topk_group=1, q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32,
+                           qk_rope_head_dim=32, v_head_dim=64),
+        "Qwen3Moe": dict(gqa, num_experts=17, num_experts_per_tok=5, moe_intermediate_size=128, norm_topk_prob=True),    # no shared expert:
+        "Mixtral": dict(gqa, num_local_experts=17, num_experts_per_tok=5, intermediate_size=128)}                        # one more routed
+    for name, fields in configs.items():
+        config = getattr(transformers, name + "Config")(**shapes, **fields)
+        models[f"transformers {name}"] = getattr(transformers, name + "ForCausalLM")._from_config(
+            config, attn_implementation="sdpa", experts_implementation="grouped_mm")
+    return models
+
+
+def bench(only=None):
+    torch.set_num_threads(2)
+    models = {name: model for name, model in peers().items() if only in (None, name)}
+    rows = torch.randint(0, 4096, (16, 257))
+
+    def training_step(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+        def run():
+            if isinstance(model, Ling):
+                loss = model(rows[:, :-1], rows[:, 1:]).loss
+            else:
+                loss = F.cross_entropy(model(input_ids=rows[:, :-1], use_cache=False).logits.flatten(0, 1), rows[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return run
+
+    @torch.no_grad()
+    def decode(model, batch, steps=40):
+        prompt = rows[:batch, :128]
+        if isinstance(model, Ling):
+            cache = KVCache(model.config, batch, 128 + steps)
+            forward = lambda ids: model(ids, cache=cache, logits_to_keep=1).logits
+        else:
+            from transformers import DynamicCache
+            cache = DynamicCache(config=model.config)
+            forward = lambda ids: model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = forward(prompt)[:, -1].argmax(-1, keepdim=True)
+        start = time.perf_counter()
+        for _ in range(steps):
+            ids = forward(ids)[:, -1].argmax(-1, keepdim=True)
+        return batch * steps / (time.perf_counter() - start)
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; d256 L6 E16 k4 + 1 shared, vocabulary 4096; medians taken in turn")
+    ms = kernels.bench({name: training_step(model) for name, model in models.items()}, repeats=9)
+    speeds = {name: {b: [] for b in (1, 8)} for name in models}
+    for _ in range(7):
+        for name, model in models.items():
+            for b in speeds[name]:
+                speeds[name][b].append(decode(model.eval(), b))
+    print(f"{'':28}{'training, 4096 tokens a step':>30}{'decode, batch 1':>18}{'batch 8':>10}   tokens/s")
+    for name in models:
+        ratio = f"{ms[name] / ms['ling']:.2f}x slower" if "ling" in ms else ""
+        print(f"{name:28}{4096e3 / ms[name]:14.0f}{ratio:>16}" + "".join(f"{np.median(speeds[name][b]):{w}.0f}" for b, w in ((1, 18), (8, 10))))
+    import resource
+    print(f"peak resident memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB "
+          "(python test_ling.py ling: of one model alone)")
+
+
+if __name__ == "__main__":
+    bench(*sys.argv[1:])

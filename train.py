@@ -40,7 +40,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ling import (PRESETS, BadInput, Ling, LingConfig, Warmup, count_params, count_targets, file_crc, find_checkpoint, flops_per_token,
-                  load_checkpoint, option, read_config, read_json, update_expert_bias, write_beside, write_json)
+                  load_checkpoint, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
 from sample import PATTERN, Parser, Tokenizer, load_tokenizer, run_cli, text_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,19 +78,18 @@ class TrainConfig:
 
     def __post_init__(self):
         self.data = list(self.data)
-        check = lambda ok, message: None if ok else (_ for _ in ()).throw(BadInput(message))
         for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0, eval_every=0,
                                 save_every=0, keep=1, seed=0).items():
-            check(getattr(self, name) >= least, f"--{name} {getattr(self, name)} must be at least {least}")
+            require(getattr(self, name) >= least, f"--{name} {getattr(self, name)} must be at least {least}")
         for name in ("lr", "weight_decay", "clip"):
-            check(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
-        check(self.clip > 0, "--clip 0 would stop all learning; raise it above 0")
+            require(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
+        require(self.clip > 0, "--clip 0 would stop all learning; raise it above 0")
         for name in ("batch_start", "halve_at", "decay", "final_lr", "beta1", "beta2"):
-            check(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} must be in 0..1")
-        check(max(self.beta1, self.beta2) < 1, "--beta1 and --beta2 must be below 1")
-        check(self.batch_tokens % self.seq_len == 0, f"--batch_tokens {self.batch_tokens} is not a multiple of --seq_len {self.seq_len}; "
+            require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} must be in 0..1")
+        require(max(self.beta1, self.beta2) < 1, "--beta1 and --beta2 must be below 1")
+        require(self.batch_tokens % self.seq_len == 0, f"--batch_tokens {self.batch_tokens} is not a multiple of --seq_len {self.seq_len}; "
               f"try {max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len}")
-        check(self.micro_batch_tokens >= self.seq_len, f"--micro_batch_tokens {self.micro_batch_tokens} is below one sequence of "
+        require(self.micro_batch_tokens >= self.seq_len, f"--micro_batch_tokens {self.micro_batch_tokens} is below one sequence of "
               f"--seq_len {self.seq_len}; raise it to {self.seq_len} or more")
 
 
@@ -111,6 +110,14 @@ def parse_args(argv):
             group.add_argument(*names, **kwargs)
     given = vars(parser.parse_args(argv))
     return tuple({f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given} for cls in (TrainConfig, LingConfig))
+
+
+def dense_twin(fields):
+    """Fields of a dense model with as many active parameters as the MoE of these fields: each layer's MLP is as wide as the experts
+    a token uses together, and wider by the router's E * D weights, rounded up to a multiple of 8, which matmuls like."""
+    c = LingConfig(**fields)
+    width = (c.num_experts_per_tok * c.moe_intermediate_size + c.num_shared_experts * c.moe_shared_expert_intermediate_size + c.num_experts / 3)
+    return fields | dict(first_k_dense_replace=c.num_hidden_layers, intermediate_size=8 * math.ceil(width / 8), num_nextn_predict_layers=0)
 
 
 def resolve(given_train, given_model):
@@ -142,12 +149,7 @@ def resolve(given_train, given_model):
             train.tokenizer = train.init
         return run, train, dataclasses.replace(config, **given_model), False
     fields = {**PRESETS[train.preset], **given_model}
-    if train.dense:
-        c = LingConfig(**fields)
-        per_token = c.num_experts_per_tok * c.moe_intermediate_size + c.num_shared_experts * c.moe_shared_expert_intermediate_size
-        # the router's E * D weights are active too; rounded up to a multiple of 8, which matmuls like
-        width = -(-(per_token + c.num_experts / 3) // 8) * 8
-        fields |= dict(first_k_dense_replace=c.num_hidden_layers, intermediate_size=int(width), num_nextn_predict_layers=0)
+    fields = dense_twin(fields) if train.dense else fields
     config = LingConfig(**fields)
     if train.seq_len > config.max_position_embeddings:
         raise BadInput(f"--seq_len {train.seq_len} exceeds max_position_embeddings={config.max_position_embeddings}; lower one or raise the other")
@@ -548,8 +550,9 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
     device = torch.device(train.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     data, first_sample = Data(arrays, train), batch_schedule(train)
     token_bytes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=device)
-    model = Ling.from_pretrained(train.init, dtype=torch.float32) if train.init and not resumed else Ling(config, seed=train.seed)
-    model.config = config
+    model = Ling(config, seed=train.seed)
+    if train.init and not resumed:
+        model.load_state_dict(Ling.from_pretrained(train.init, dtype=torch.float32).state_dict())
     model = model.to(device)
     optimizer = make_optimizer(model, train)
     step = 0
@@ -610,7 +613,8 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
                            "and start over with --fresh")
 
         # 5. clip and step
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), train.clip, norm)
+        if norm > train.clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), train.clip, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
