@@ -119,7 +119,7 @@ class LingConfig:
     tie_word_embeddings: bool = option(False, "lm_head shares the embedding matrix")
     norm_head: bool = option(False, "NormHead: columns of lm_head divided by their norms")
     # multi-token prediction
-    num_nextn_predict_layers: int = option(0, "MTP blocks, each predicting one token further")
+    num_nextn_predict_layers: int = option(0, "MTP blocks, each predicting one token further; give mtp_loss_scaling_factor too")
     mtp_loss_scaling_factor: float = option(0.0, "weight of the MTP loss")
     initializer_range: float = option(0.006, "std of the initial weights")
     pad_token_id: int = option(None, "kept for other engines; loss and load go by the targets alone", type=int)
@@ -922,13 +922,22 @@ class TensorMetadataOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no business in a checkpoint")
 
 
+def check_metadata(folder):
+    """Raise unless a checkpoint's index holds tensors only; then nothing else in it is ever unpickled."""
+    try:
+        index = TensorMetadataOnly(io.BytesIO((folder / ".metadata").read_bytes())).load()
+        require(all(type(entry).__name__ == "TensorStorageMetadata" for entry in index.state_dict_metadata.values()), "it holds objects")
+    except (pickle.UnpicklingError, EOFError, OSError, ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
+        raise BadInput(f"checkpoint {folder} cannot be read: its index is not one of tensors ({error})") from None
+
+
 def load_checkpoint(folder, state):
     """Fill the tensors of `state`, a nested dict, in place from a checkpoint of train.py. Raises BadInput."""
+    check_metadata(folder)
     try:
-        TensorMetadataOnly(io.BytesIO((folder / ".metadata").read_bytes())).load()           # tensors only, so nothing is unpickled
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")                        # one process needs no process group
             dcp.load(state, checkpoint_id=folder)
-    except (pickle.UnpicklingError, EOFError, OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+    except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise BadInput(f"checkpoint {folder} cannot be read: {reason.strip()}") from None

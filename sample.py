@@ -11,6 +11,7 @@ import argparse
 import base64
 import codecs
 import json
+import os
 import sys
 import time
 import unicodedata
@@ -149,7 +150,7 @@ def next_token(logits, seen, generator, temperature=0.8, top_k=0, top_p=1.0, min
         logits = logits.index_put((seen,), torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
+    logits = (logits - logits.max()) / temperature                                           # so that a tiny temperature cannot overflow
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probs = logits.softmax(-1)
@@ -201,39 +202,54 @@ class Stream:
 
 def text_of(model, tokenizer, prompt, tokens, **kwargs):
     """The continuation of `prompt` as one string."""
-    ids = tokenizer.encode(prompt) or [tokenizer.end]
+    ids = tokenizer.encode(prompt) or [tokenizer.end or 0]
     return b"".join(tokenizer.bytes_of(t) for t, _ in generate(model, ids, tokens, **kwargs)).decode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Command line
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and flags that may be written with hyphens or underscores."""
+def spellings(flag):
+    """A flag as it is, and with hyphens for underscores."""
+    return [flag, "--" + flag[2:].replace("_", "-")] if "_" in flag else [flag]
 
-    def add_argument(self, *names, **kwargs):
-        twins = [name.replace("_", "-") for name in names if name.startswith("--") and "_" in name]
-        return super().add_argument(*names, *twins, **kwargs)
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def run_cli(prog, main):
-    """Run a main(); a user's mistake ends it with one line on stderr and exit code 2, a closed pipe or Ctrl-C quietly."""
+    """Run a main(). A user's mistake, a full disk or too little memory ends it with one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")                 # a terminal without UTF-8 shows ? and not a traceback
     try:
         return main()
-    except BadInput as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:                                      # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:                                     # no space, no permission: not the program's fault either
-        print(f"{prog}: error: {error}; what was saved before is untouched: mend this and run the same command", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except BadInput as error:
+        message = str(error)
+    except OSError as error:                                     # no space, no permission: not the program's fault either
+        message = f"{error}; mend this and run the same command again, nothing saved before was touched"
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        message = f"out of memory ({error}); for training lower --micro_batch_tokens, else use a smaller model or dtype"
+    print("\n" * sys.stdout.isatty() + f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def pick_device(name):
+    """A torch.device by name; the accelerator if there is one, else the CPU, by default. Raises BadInput."""
+    try:
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; use cpu, or a device torch can see") from None
 
 
 def newest_run(root=Path("runs")):
@@ -243,10 +259,19 @@ def newest_run(root=Path("runs")):
     return max(runs, key=lambda run: max(step.stat().st_mtime for step in run.glob("step_*")))
 
 
+def tokenizer_of(folder, given=None):
+    """The tokenizer of a folder; `given` names one where the folder has none. Raises BadInput when they differ."""
+    own = any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.tiktoken"))
+    tokenizer = load_tokenizer(given or str(folder))
+    if own and given and load_tokenizer(str(folder)).file != tokenizer.file:
+        raise BadInput(f"--tokenizer {given} is not the one in {folder}, which the weights were trained with; drop the flag")
+    return tokenizer
+
+
 def model_and_tokenizer(folder, tokenizer=None, dtype=None, device=None):
     """Load both and check that they belong together; the weights first. Raises BadInput."""
     model = Ling.from_pretrained(folder, dtype=dtype, device=device).eval()
-    tokenizer = load_tokenizer(tokenizer or str(folder))
+    tokenizer = tokenizer_of(folder, tokenizer)
     if tokenizer.size > model.config.vocab_size:
         raise BadInput(f"the tokenizer has {tokenizer.size} tokens, the model's vocabulary {model.config.vocab_size}; "
                        "give the tokenizer the model was trained with")
@@ -259,30 +284,31 @@ def main(argv=None):
     parser.add_argument("--prompt", help="text to continue; default: stdin if it is piped, else the beginning of a document")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest; 0: all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the fewest tokens whose probabilities reach p")
-    parser.add_argument("--min_p", type=float, default=0.05, help="keep tokens at least this fraction as likely as the likeliest")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
+    parser.add_argument(*spellings("--top_k"), type=int, default=0, help="keep the k likeliest; 0: all")
+    parser.add_argument(*spellings("--top_p"), type=float, default=1.0, help="keep the fewest tokens whose probabilities reach p")
+    parser.add_argument(*spellings("--min_p"), type=float, default=0.05, help="keep tokens at least this fraction as likely as the likeliest")
+    parser.add_argument(*spellings("--repetition_penalty"), type=float, default=1.0, help="above 1: seen tokens become less likely")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--tokenizer", help="needed only where the folder has none: bytes, a file, or a tiktoken name")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
-    parser.add_argument("--show_routing", action="store_true", help="colour each token by an expert that ran for it in the last MoE layer")
+    parser.add_argument(*spellings("--show_routing"), action="store_true", help="colour each token by an expert that ran for it in the last MoE layer")
     args = parser.parse_args(argv)
     for ok, what in ((args.tokens >= 1, f"--tokens {args.tokens} must be at least 1"),
                      (0 <= args.temperature < float("inf"), f"--temperature {args.temperature} must be 0 or more"),
                      (args.top_k >= 0, f"--top_k {args.top_k} must be 0 (off) or more"),
                      (0 < args.top_p <= 1, f"--top_p {args.top_p} must be above 0 and at most 1"),
                      (0 <= args.min_p <= 1, f"--min_p {args.min_p} must be in 0..1"),
+                     (0 <= args.seed < 1 << 63, f"--seed {args.seed} must be in 0..2^63 - 1"),
                      (args.repetition_penalty > 0, f"--repetition_penalty {args.repetition_penalty} must be above 0"),
                      (all(args.stop), "--stop must not be empty")):
         if not ok:
             raise BadInput(what)
     folder = Path(args.model) if args.model else newest_run()
-    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = pick_device(args.device)
     model, tokenizer = model_and_tokenizer(folder, args.tokenizer, getattr(torch, args.dtype) if args.dtype else None, device)
-    prompt = args.prompt if args.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.read()
+    prompt = args.prompt if args.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     ids = tokenizer.encode(prompt) or ([tokenizer.end] if tokenizer.end is not None else None)
     if ids is None:
         raise BadInput("this tokenizer has no <|endoftext|> to start from; give a --prompt")

@@ -7,7 +7,7 @@
     python train.py --dense                        # a dense model of equal active parameters, for comparison
     python train.py --data "src/**/*.py" notes.txt --tokenizer bpe4096 --out runs/mine
     python train.py --data fineweb_*.bin --tokenizer gpt2 --preset small --batch_tokens 524288
-    python train.py --init PATH/Ling-mini-base-2.0 --data corpus/ --lr 3e-5
+    python train.py --init PATH/Ling-mini-base-2.0 --data corpus/ --lr 3e-5 --out runs/tuned
 
 Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; a run that continues takes its own.
 
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -39,9 +40,9 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ling import (PRESETS, BadInput, Ling, LingConfig, Warmup, count_params, count_targets, file_crc, find_checkpoint, flops_per_token,
+from ling import (PRESETS, BadInput, Ling, LingConfig, Warmup, check_metadata, count_params, count_targets, file_crc, find_checkpoint, flops_per_token,
                   load_checkpoint, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
-from sample import PATTERN, Parser, Tokenizer, load_tokenizer, run_cli, text_of
+from sample import PATTERN, Parser, Tokenizer, load_tokenizer, pick_device, run_cli, spellings, text_of, tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration
@@ -80,7 +81,7 @@ class TrainConfig:
         self.data = list(self.data)
         for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0, eval_every=0,
                                 save_every=0, keep=1, seed=0).items():
-            require(getattr(self, name) >= least, f"--{name} {getattr(self, name)} must be at least {least}")
+            require(least <= getattr(self, name) < 1 << 40, f"--{name} {getattr(self, name)} must be at least {least} and below 2^40")
         for name in ("lr", "weight_decay", "clip"):
             require(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
         require(self.clip > 0, "--clip 0 would stop all learning; raise it above 0")
@@ -106,8 +107,7 @@ def parse_args(argv):
             kwargs = dict(f.metadata, help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
             kwargs |= {"action": argparse.BooleanOptionalAction} if f.type is bool else {} if f.type in (list, dict) else {
                 "type": f.metadata.get("type", f.type)}
-            names = [f"--{f.name}", *([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])]
-            group.add_argument(*names, **kwargs)
+            group.add_argument(*spellings(f"--{f.name}"), **kwargs)
     given = vars(parser.parse_args(argv))
     return tuple({f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given} for cls in (TrainConfig, LingConfig))
 
@@ -121,38 +121,39 @@ def dense_twin(fields):
 
 
 def resolve(given_train, given_model):
-    """-> run folder, TrainConfig, LingConfig or None (vocabulary not yet known), whether the run continues. Reads, never writes."""
+    """-> run folder, TrainConfig, LingConfig (of a new run: before the vocabulary is known), whether the run continues. Reads only."""
     preset = given_train.get("preset", "toy")
-    name = preset + ("-dense" if given_train.get("dense") else "")
-    run = Path(given_train.get("out") or f"runs/{name}")
+    run = Path(given_train.get("out") or f"runs/{preset}{'-dense' if given_train.get('dense') else ''}")
     if given_train.get("fresh"):
-        base, n = run, 1
+        base, n = run.resolve(), 1
         while run.exists():
             run, n = base.with_name(f"{base.name}-{n + 1}"), n + 1
     elif (run / "config.json").exists():
         saved, config = read_json(run / "train.json"), read_config(run)
-        for key, value in given_train.items():
-            if key not in MAY_CHANGE and value != saved.get(key):
-                raise BadInput(f"--{key} {value}: the run in {run} was started with {saved.get(key)!r}; drop the flag to continue it, or add --fresh")
-        for key, value in given_model.items():
-            if value != getattr(config, key):
-                raise BadInput(f"--{key} {value}: the run in {run} has {key}={getattr(config, key)!r}; drop the flag to continue it, or add --fresh")
+        was = saved | dataclasses.asdict(config)
+        for key, value in {**given_train, **given_model}.items():
+            require(key in MAY_CHANGE or value == was.get(key), f"--{key} {value}: the run in {run} was started with {was.get(key)!r}; "
+                    "drop the flag to continue it, or add --fresh")
         names = {f.name for f in dataclasses.fields(TrainConfig)}
-        return run, TrainConfig(**{**{k: v for k, v in saved.items() if k in names}, **given_train}), config, True
+        return run, TrainConfig(**{name: value for name, value in {**saved, **given_train}.items() if name in names}), config, True
     train = TrainConfig(**given_train)
     if train.init:
         config = read_config(train.init)
+        for key in ("preset", "dense"):
+            require(key not in given_train, f"--{key} cannot go with --init: the weights in {train.init} bring their own shape")
         for key, value in given_model.items():
-            if value != getattr(config, key) and key not in TRAINING_ONLY:
-                raise BadInput(f"--{key} {value}: the weights in {train.init} have {key}={getattr(config, key)!r}, which cannot change")
-        if "tokenizer" not in given_train:
-            train.tokenizer = train.init
-        return run, train, dataclasses.replace(config, **given_model), False
-    fields = {**PRESETS[train.preset], **given_model}
-    fields = dense_twin(fields) if train.dense else fields
-    config = LingConfig(**fields)
-    if train.seq_len > config.max_position_embeddings:
-        raise BadInput(f"--seq_len {train.seq_len} exceeds max_position_embeddings={config.max_position_embeddings}; lower one or raise the other")
+            require(key in TRAINING_ONLY or value == getattr(config, key),
+                    f"--{key} {value}: the weights in {train.init} have {key}={getattr(config, key)!r}, which cannot change")
+        config = dataclasses.replace(config, **given_model)
+        train.tokenizer = given_train.get("tokenizer", train.init)
+        tokenizer_of(train.init, given_train.get("tokenizer"))                               # raises if they differ
+    else:
+        fields = {**PRESETS[train.preset], **given_model}
+        for key in ("first_k_dense_replace", "intermediate_size", "num_nextn_predict_layers"):
+            require(not (train.dense and key in given_model), f"--{key} cannot go with --dense, which sets it")
+        config = LingConfig(**(dense_twin(fields) if train.dense else fields))
+    require(train.seq_len <= config.max_position_embeddings, f"--seq_len {train.seq_len} exceeds max_position_embeddings="
+            f"{config.max_position_embeddings}; lower one or raise the other")
     return run, train, config, False
 
 
@@ -294,6 +295,7 @@ def prepare(train, config, given_model):
     """What a new run needs, read and checked, nothing written -> Tokenizer, LingConfig with its vocabulary, {"train", "val"}: lists of
     arrays of token ids, and whether these are shards that stay where they are."""
     files = find_files(train.data)
+    require(files, "this Python comes without its library's source; name your text with --data")
     are_shards = {path.suffix == ".bin" for path in files.values()}
     if len(are_shards) > 1:
         raise BadInput("--data mixes .bin shards with text files; give one kind")
@@ -310,9 +312,9 @@ def prepare(train, config, given_model):
         parts = dict(zip(("train", "val"), split(texts)))
     if learned:
         start, size = time.perf_counter(), int(learned[1])
-        say(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB", end="", flush=True)
+        print(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB", end="", flush=True)
         tokenizer = Tokenizer.from_ranks(learn_bpe((texts[name] for name in parts["train"]), size - 1))
-        say(f", {time.perf_counter() - start:.1f} s")
+        print(f", {time.perf_counter() - start:.1f} s")
     if "vocab_size" not in {**PRESETS[train.preset], **given_model} and not train.init:
         config = dataclasses.replace(config, vocab_size=tokenizer.size, eos_token_id=tokenizer.end)
     if tokenizer.size > config.vocab_size:
@@ -372,6 +374,7 @@ class Data:
     def __init__(self, arrays, train):
         self.S, self.seed, self.train, self.val = train.seq_len, train.seed, arrays["train"], arrays["val"]
         self.ends = np.cumsum([max(0, len(part) - 1) // self.S for part in self.train])      # windows up to each part
+        require(all(len(part) > 1 for part in self.val), "a held-out part of the data has less than two tokens; add data")
         if self.ends[-1] < 1:
             raise BadInput(f"the training data has {sum(map(len, self.train))} tokens, less than one window of --seq_len {self.S} + 1; "
                            "add data or lower --seq_len")
@@ -461,6 +464,7 @@ def save_checkpoint(run, step, model, optimizer, keep):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")                        # one process needs no process group
             dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
+        check_metadata(temporary)                                                            # readable again, also on another torch
         write_json(temporary / "state.json", {"step": step, "torch": torch.__version__})
         files = sorted(p.name for p in temporary.iterdir())
         write_json(temporary / "manifest.json", {name: [(temporary / name).stat().st_size, file_crc(temporary / name)] for name in files})
@@ -477,9 +481,10 @@ def save_checkpoint(run, step, model, optimizer, keep):
         free = shutil.disk_usage(run).free
         raise BadInput(f"cannot save a checkpoint of step {step} in {run} ({reason}; {free / 1e6:.0f} MB free); earlier ones are intact: "
                        "make room and run the same command to continue") from None
-    for old in sorted(run.glob("step_*"))[:-keep]:
+    steps = sorted(run.glob("step_*"))
+    later = steps.index(final) + 1                               # a later one was found damaged, or training would not be here
+    for old in [*steps[:max(0, later - keep)], *steps[later:]]:
         shutil.rmtree(old)
-    return final
 
 
 def sync_folder(path):
@@ -504,17 +509,13 @@ def evaluate(model, data, token_bytes, rows):
     return {"val_ce": nats / tokens, "val_bpb": nats / math.log(2) / max(1, size)}
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}      # dense bf16, data sheets
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}      # dense bf16, data sheets
 
 
 def peak_flops(device):
     """Of the device, or None: an MFU is never guessed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def say(*args, **kwargs):
-    print(*args, **kwargs)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def strip(load):
@@ -528,13 +529,13 @@ class Status:
     """One live line on a terminal; elsewhere a plain line every ten seconds."""
 
     def __init__(self):
-        self.live, self.last = sys.stdout.isatty(), 0.0
+        self.live, self.last = sys.stdout.isatty(), -math.inf
 
-    def update(self, line, force=False):
+    def update(self, line):
         if self.live:
             width = shutil.get_terminal_size().columns
             print("\r" + line[:width - 1].ljust(width - 1), end="", flush=True)
-        elif force or time.perf_counter() - self.last > 10:
+        elif time.perf_counter() - self.last > 10:
             self.last = time.perf_counter()
             print(line, flush=True)
 
@@ -547,7 +548,7 @@ class Status:
 # 6. The run
 
 def train_run(run, train, config, tokenizer, arrays, resumed):
-    device = torch.device(train.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = pick_device(train.device)
     data, first_sample = Data(arrays, train), batch_schedule(train)
     token_bytes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=device)
     model = Ling(config, seed=train.seed)
@@ -564,21 +565,18 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
     # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
     tokens_total = int(first_sample[-1]) * train.seq_len
-    say(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; {flops / 1e6:.1f} MFLOP per token\n"
+    print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; {flops / 1e6:.1f} MFLOP per token\n"
         f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out; "
         f"vocabulary {tokenizer.size}\n"
         f"run: {run}, {train.steps} steps of {train.batch_tokens} tokens ({tokens_total / 1e6:.2f}M), on {device}, "
         f"torch {torch.__version__}" + (f", continuing at step {step}" if step else ""))
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):                                           # a second one ends it at once
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    for number in signals:                                                                   # a second one ends it at once
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    metrics, status = open(run / "metrics.jsonl", "a"), Status()
-
-    def log(record):
-        metrics.write(json.dumps(record) + "\n")
-        metrics.flush()
-
-    seconds_mean = None
+    metrics, status = open(run / "metrics.jsonl", "ab", buffering=0), Status()
+    log = lambda record: metrics.write(json.dumps(record).encode() + b"\n")                  # a line at once, or not at all
+    seconds_mean, saved = None, step if resumed else None
     while step < train.steps and not stop:
         start = time.perf_counter()
 
@@ -605,7 +603,8 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         parts = {name: float(value) for name, value in parts.items()}
-        imbalance = float((load.amax(1) / load.float().mean(1)).max()) if len(load) else 1.0
+        uneven = load.amax(1) / load.float().mean(1).clamp(min=1e-9) if len(load) else torch.ones(1)   # (MoE layers,)
+        imbalance = float(uneven.max())
 
         # 4. a step that is not finite never reaches the weights
         if not math.isfinite(parts["loss"]) or not math.isfinite(norm):                      # SYNC
@@ -629,32 +628,38 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
         log({"step": step, "tokens": last * train.seq_len, **parts, "lr": lr, "grad_norm": float(norm), "tokens_per_s": n / seconds,
              "mfu": n / seconds * flops / peak if peak else None, "imbalance": imbalance, "skipped": 0})
         eta = (train.steps - step) * seconds_mean
-        worst = load[(load.amax(1) / load.float().mean(1)).argmax()] if len(load) else None
         status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  {n / seconds_mean:,.0f} tok/s  "
-                      f"left {int(eta) // 60}:{int(eta) % 60:02d}" + (f"  load {strip(worst)} {imbalance:.2f}" if worst is not None else ""), step == 1)
+                      f"left {int(eta) // 60}:{int(eta) % 60:02d}" +
+                      (f"  load {strip(load[uneven.argmax()])} {imbalance:.2f}" if len(load) else ""))
 
         # 8. evaluate, checkpoint
         if step == train.steps or train.eval_every and step % train.eval_every == 0:
-            score = evaluate(model, data, token_bytes, rows)
+            with autocast():
+                score = evaluate(model, data, token_bytes, rows)
             log({"step": step, **score})
             status.note(f"step {step}  held-out: {score['val_ce']:.4f} nats per token, {score['val_bpb']:.4f} bits per byte")
         if step == train.steps or train.save_every and step % train.save_every == 0:
             save_checkpoint(run, step, model, optimizer, train.keep)
+            saved = step
 
-    if step < train.steps:                                                                   # stopped by a signal
-        save_checkpoint(run, step, model, optimizer, train.keep)
-        status.note(f"{signal.Signals(stop[0]).name}: saved step {step} in {run}; the same command continues it")
-        return 0
     metrics.close()
-    prompt = "def " if not train.data else ""
-    say(f"\nsample, after {prompt!r}:\n{prompt}{text_of(model, tokenizer, prompt, min(160, config.max_position_embeddings - 8), temperature=0.7, min_p=0.05)}\n")
+    for number in signals:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if step < train.steps:                                                                   # stopped by a signal
+        if saved != step:
+            save_checkpoint(run, step, model, optimizer, train.keep)
+        status.note(f"{signal.Signals(stop[0]).name}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
+        return 0
+    prompt = "" if train.data else "def "
+    text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.7, min_p=0.05, stop_ids=(tokenizer.end,))
+    print(f"\nsample, after {prompt!r}:\n{prompt}{text}\n")
     finished(run, step)
     return 0
 
 
 def finished(run, step):
-    say(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
-        f"next: python sample.py {run} --prompt \"class \"   (or train.py --steps N to go on, --fresh to start over)")
+    print(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
+        f"next: python sample.py {run} --prompt \"class \"   (train on: python train.py --out {run} --steps N)")
 
 
 def trim_metrics(run, step):
@@ -671,34 +676,38 @@ def trim_metrics(run, step):
 
 def main(argv=None):
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process; start it with python train.py")
+    require(os.environ.get("WORLD_SIZE", "1") == "1", f"WORLD_SIZE={os.environ.get('WORLD_SIZE')}: this version trains in one process; "
+            "start it with python train.py")
     given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
     run, train, config, continues = resolve(given_train, given_model)
+    pick_device(train.device)                                                                # there, or an error before any work
     if continues:
         checkpoint = find_checkpoint(run)
+        require(checkpoint or not any(run.glob("step_*")), f"no checkpoint in {run} is intact; start over with --fresh")
         step = read_json(checkpoint / "state.json")["step"] if checkpoint else 0
         if step >= train.steps:
             finished(run, step)
             return 0
+        tokenizer, arrays = load_tokenizer(str(run)), read_data(run, train, config)
+        write_json(run / "train.json", {**read_json(run / "train.json"), **dataclasses.asdict(train)})      # --steps may have changed
         for leftover in run.glob("tmp_*"):
             shutil.rmtree(leftover)
-        tokenizer, arrays = load_tokenizer(str(run)), read_data(run, train, config)
         trim_metrics(run, step)
     else:
         checkpoint = None
         tokenizer, config, arrays, shards = prepare(train, config, given_model)
         size = 12 * sum(count_params(config)[kind] for kind in ("total", "mtp"))             # fp32 weights and two moments
-        room = shutil.disk_usage(next(p for p in run.absolute().parents if p.exists())).free
-        if room < size * (train.keep + 1):
-            raise BadInput(f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more than the {room / 1e9:.2f} GB free; "
-                           "make room, lower --keep, or choose another --out")
+        room = shutil.disk_usage(next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())).free
+        require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more than the {room / 1e9:.2f} GB free; "
+                "make room, lower --keep, or choose another --out")
         run.mkdir(parents=True, exist_ok=True)
+        for leftover in [*run.glob("tokenizer.*"), *(run / "data").glob("*")]:               # of a start that was killed
+            leftover.unlink()
         if tokenizer.file:
             write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
         if not shards:
             write_data(run, arrays)
-        write_json(run / "train.json", {**dataclasses.asdict(train), "torch": torch.__version__, "train_tokens": sum(map(len, arrays["train"]))})
+        write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__, "train_tokens": sum(map(len, arrays["train"]))})
         write_json(run / "config.json", config.to_dict())                                    # last: its presence makes this a run
     return train_run(run, train, config, tokenizer, arrays, checkpoint)
 
