@@ -300,13 +300,15 @@ class RoPETables:
         self.config, self.cos, self.sin = config, torch.empty(0), None
 
     def __call__(self, start, length, device):
-        """-> cos, sin: fp32 (length, r/2) of positions start .. start + length - 1."""
+        """-> cos, sin: fp32 (length, d) of positions start .. start + length - 1, laid out for y = x * cos + swap(x) * sin."""
         end = start + length
         if end > len(self.cos) or self.cos.device != device:
             with torch.inference_mode(False):                                                # training may use these tables next
                 inv_freq, factor = rope_frequencies(self.config)
                 angle = torch.outer(torch.arange(1 << (end - 1).bit_length(), dtype=torch.float32, device=device), inv_freq.to(device))
-                self.cos, self.sin = angle.cos() * factor, angle.sin() * factor
+                cos, sin, rest = angle.cos() * factor, angle.sin() * factor, (0, self.config.head_dim - self.config.rotary_width)
+                self.cos = F.pad(torch.cat([cos, cos], dim=1), rest, value=1.0)              # dims past r pass through
+                self.sin = F.pad(torch.cat([-sin, sin], dim=1), rest)
         return self.cos[start:end], self.sin[start:end]
 
 
@@ -337,7 +339,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.d, self.eps = layer, config.head_dim, config.rms_norm_eps
+        self.layer, self.d, self.r, self.eps = layer, config.head_dim, config.rotary_width, config.rms_norm_eps
         self.H, self.KV = config.num_attention_heads, config.num_key_value_heads
         self.query_key_value = nn.Linear(config.hidden_size, (self.H + 2 * self.KV) * self.d, bias=config.use_qkv_bias)
         self.dense = nn.Linear(self.H * self.d, config.hidden_size, bias=config.use_bias)
@@ -350,7 +352,7 @@ class Attention(nn.Module):
         norm = None
         if self.query_layernorm is not None:                                                 # [Ling2]: bounds the logits; rope applies it first
             norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
-        q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
+        q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, self.r, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
         v = v.unflatten(-1, (KV, d))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)

@@ -216,7 +216,7 @@ def test_fused_mode_refuses_to_fall_back(monkeypatch):
     monkeypatch.setattr(kernels, "MODE", "fused")
     kernels.swiglu(torch.randn(2, 8))
     with pytest.raises(RuntimeError, match="no fast twin"):
-        kernels.swiglu(torch.randn(2, 8, dtype=torch.float16))
+        kernels.swiglu(torch.randn(2, 8, dtype=torch.float16, requires_grad=True))
 
 
 def test_loss_holds_one_chunk_of_logits():
