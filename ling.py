@@ -98,8 +98,7 @@ class LingConfig:
     num_experts: int = option(16, "E, routed experts per MoE layer")
     num_experts_per_tok: int = option(2, "k, routed experts each token uses")
     moe_intermediate_size: int = option(128, "F, width of one expert")
-    num_shared_experts: int = option(1, "experts every token uses; together one MLP")
-    moe_shared_expert_intermediate_size: int = option(None, "width of one shared expert; absent: F", type=int)
+    num_shared_experts: int = option(1, "experts every token uses; together one MLP of so many times F")
     score_function: str = option("sigmoid", "router score", choices=("softmax", "sigmoid"))
     norm_topk_prob: bool = option(True, "divide the chosen scores by their sum")
     routed_scaling_factor: float = option(1.0, "multiplies the routed weights, not the shared experts")
@@ -141,7 +140,6 @@ class LingConfig:
                 require(isinstance(value, (int, f.type)) and not isinstance(value, bool), f"{f.name}={value!r} must be a number ({f.type.__name__})")
                 require(least <= value < math.inf, f"{f.name}={value} must be at least {least} and finite")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.moe_shared_expert_intermediate_size = self.moe_shared_expert_intermediate_size or self.moe_intermediate_size
         H, KV, E, k, G, r = (self.num_attention_heads, self.num_key_value_heads, self.num_experts, self.num_experts_per_tok, self.n_group,
                              self.rotary_width)
         require(H % KV == 0, f"num_attention_heads={H} is not a multiple of num_key_value_heads={KV}; choose a divisor of {H}")
@@ -181,14 +179,14 @@ class LingConfig:
         missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
                                    "num_experts_per_tok", "moe_intermediate_size") if d.get(key) is None]
         require(not missing, f"config.json has no {', '.join(missing)}: not the configuration of a Ling model")
-        for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True)):
-            require(d.get(key, want) == want, f"{key}={d.get(key)!r} in config.json: Ling is {want!r}, and nothing else is implemented")
+        for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True),
+                          ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
+            require(d.get(key) in (None, want), f"{key}={d.get(key)!r} in config.json: in every Ling it is {want!r}, and nothing else is implemented")
         # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
         architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
             d |= dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, rotary_dim=None, n_group=1, topk_group=1,
-                      routed_scaling_factor=1.0, num_nextn_predict_layers=0, moe_shared_expert_intermediate_size=None,
-                      moe_router_enable_expert_bias=False)
+                      routed_scaling_factor=1.0, num_nextn_predict_layers=0, moe_router_enable_expert_bias=False)
         elif architecture == LING2:     # the official gate ignores score_function and norm_topk_prob: always sigmoid, always normalised
             d |= dict(score_function="sigmoid", norm_topk_prob=True, norm_head=False)
             d.setdefault("partial_rotary_factor", 1.0)
@@ -206,12 +204,12 @@ class LingConfig:
     def to_dict(self):
         """What other engines read, provided the fields are those of one generation and not a mix."""
         d = {"architectures": [LING1 if self.is_ling1 else LING2], "model_type": "bailing_moe", "hidden_act": "silu",
-             **dataclasses.asdict(self)}
+             "moe_shared_expert_intermediate_size": self.moe_intermediate_size, **dataclasses.asdict(self)}
         return d if LingConfig.from_dict(d) == self else d | {"architectures": ["Ling"]}
 
 
 LING1, LING2 = "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"        # the official class names
-IGNORED = set("""architectures model_type auto_map hidden_act torch_dtype dtype transformers_version use_cache norm_softmax use_rmsnorm
+IGNORED = set("""architectures model_type moe_shared_expert_intermediate_size auto_map hidden_act torch_dtype dtype transformers_version use_cache norm_softmax use_rmsnorm
     attention_dropout embedding_dropout output_dropout hidden_dropout pretraining_tp output_router_logits output_attentions router_dtype
     output_hidden_states max_window_layers use_sliding_window sliding_window bos_token_id return_dict router_type
     _name_or_path attn_implementation""".split())
@@ -224,13 +222,12 @@ _LING2 = dict(score_function="sigmoid", use_qk_norm=True, n_group=8, topk_group=
 _LING2_RELEASE = dict(_LING2, vocab_size=157184, rope_theta=600000.0, max_position_embeddings=32768, num_experts=256,
                       num_experts_per_tok=8, head_dim=128, num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1,
                       pad_token_id=156892, eos_token_id=156892)
+_TOY = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, num_experts=16, num_experts_per_tok=4,
+            moe_intermediate_size=64, num_shared_experts=2, initializer_range=0.02)
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's
-    "toy": dict(_LING2, hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, num_experts=16,
-                num_experts_per_tok=2, moe_intermediate_size=128, n_group=4, topk_group=2, initializer_range=0.02,
-                routed_scaling_factor=1.0, expert_bias_update_rate=0.01),
-    "toy-lite": dict(_LING1, hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, num_experts=16,
-                     num_experts_per_tok=2, moe_intermediate_size=128, initializer_range=0.02, router_warmup_steps=50),
+    "toy": _LING2 | _TOY | dict(n_group=4, topk_group=2, routed_scaling_factor=1.0, expert_bias_update_rate=0.01),
+    "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75),
     # for one GPU and an evening
     "small": dict(_LING2, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1536,
                   first_k_dense_replace=1, num_experts=64, num_experts_per_tok=6, moe_intermediate_size=192, initializer_range=0.02,
@@ -463,7 +460,7 @@ class MoE(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.gate, self.experts = Router(config, layer), Experts(config)
-        shared = config.num_shared_experts * config.moe_shared_expert_intermediate_size
+        shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x, counted, warmup):

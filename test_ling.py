@@ -467,7 +467,8 @@ def test_released_configs():
     assert (config.score_function, config.rotary_width, config.norm_topk_prob, config.num_nextn_predict_layers) == ("sigmoid", 4, True, 0)
     with pytest.warns(UserWarning, match="flux_capacitor"):
         LingConfig.from_dict(base | {"flux_capacitor": 1})
-    for bad, words in (({"hidden_act": "gelu"}, "gelu"), ({"architectures": ["LlamaForCausalLM"]}, "Llama"), ({"norm_softmax": True}, "norm_softmax")):
+    for bad, words in (({"hidden_act": "gelu"}, "gelu"), ({"architectures": ["LlamaForCausalLM"]}, "Llama"), ({"norm_softmax": True}, "norm_softmax"),
+                       ({"moe_shared_expert_intermediate_size": 9}, "shared_expert")):
         with pytest.raises(BadInput, match=words):
             LingConfig.from_dict(base | bad)
     mix = LingConfig(**{**LING1, "use_qk_norm": True})                                       # neither generation

@@ -57,13 +57,13 @@ class TrainConfig:
     fresh: bool = option(False, "start over in a new folder")
     dense: bool = option(False, "replace the experts by a dense MLP of equal active parameters")
     seed: int = option(0, "of the weights, the order of the data and the routing warm-up")
-    steps: int = option(850, "optimizer steps")
+    steps: int = option(680, "optimizer steps")
     seq_len: int = option(256, "tokens per sequence")
-    batch_tokens: int = option(2048, "tokens per optimizer step, over all micro-batches")
+    batch_tokens: int = option(3072, "tokens per optimizer step, over all micro-batches")
     micro_batch_tokens: int = option(4096, "tokens per forward pass, at most; lower it when memory runs out")
     batch_warmup_steps: int = option(0, "the batch grows linearly to batch_tokens over so many steps")
     batch_start: float = option(0.25, "part of batch_tokens it starts with")
-    lr: float = option(4e-3, "peak learning rate")
+    lr: float = option(2.5e-3, "peak learning rate")
     warmup_steps: int = option(50, "linear warm-up of the learning rate")
     halve_at: float = option(0.0, "part of the run after which the learning rate is halved (Ling 1: 0.6); 0: never")
     decay: float = option(0.5, "last part of the run, over which the learning rate falls to final_lr; 0: constant")
@@ -116,7 +116,7 @@ def dense_twin(fields):
     """Fields of a dense model with as many active parameters as the MoE of these fields: each layer's MLP is as wide as the experts
     a token uses together, and wider by the router's E * D weights, rounded up to a multiple of 8, which matmuls like."""
     c = LingConfig(**fields)
-    width = (c.num_experts_per_tok * c.moe_intermediate_size + c.num_shared_experts * c.moe_shared_expert_intermediate_size + c.num_experts / 3)
+    width = (c.num_experts_per_tok + c.num_shared_experts) * c.moe_intermediate_size + c.num_experts / 3
     return fields | dict(first_k_dense_replace=c.num_hidden_layers, intermediate_size=8 * math.ceil(width / 8), num_nextn_predict_layers=0)
 
 
@@ -650,7 +650,7 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
             save_checkpoint(run, step, model, optimizer, train.keep)
         status.note(f"{signal.Signals(stop[0]).name}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
         return 0
-    prompt = "" if train.data else "def "
+    prompt = "" if train.data else "def __init__(self"
     text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.7, min_p=0.05, stop_ids=(tokenizer.end,))
     print(f"\nsample, after {prompt!r}:\n{prompt}{text}\n")
     finished(run, step)
