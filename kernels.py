@@ -90,7 +90,12 @@ def rms_norm(x, weight, eps):
 
 @rms_norm.fused(when=lambda x, weight, eps: infers(x) and x.dtype == weight.dtype == torch.float32)
 def _rms_norm(x, weight, eps):
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return (x * rstd_of(x, eps)).mul_(weight)
+
+
+def rstd_of(x, eps):
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, (..., 1), in one pass over x."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
 
 
 @rms_norm.fused(when=lambda x, weight, eps: trains(x) and weight.dtype == x.dtype)
@@ -100,7 +105,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        rstd = rstd_of(x, eps)
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight)
 
@@ -145,7 +150,9 @@ def rope(x, cos, sin, r, weight, eps):
     return x * cos + swap(x, r) * sin
 
 
-rope.fused(when=lambda x, *_: infers(x))(rope.reference)
+@rope.fused(when=lambda x, *_: infers(x))
+def _rope(x, cos, sin, r, weight, eps):
+    return rope.reference(x if weight is None else rms_norm(x, weight, eps), cos, sin, r, None, eps)
 
 
 @rope.fused(when=lambda x, *_: trains(x))
@@ -158,7 +165,7 @@ class _Rope(torch.autograd.Function):
         cos, sin = (t.to(x.dtype).unsqueeze(1).expand(-1, *x.shape[2:]) for t in (cos, sin))  # (S,N,d)
         h, c, s, rstd, ctx.r = x, cos, sin, None, r
         if weight is not None:
-            rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            rstd = rstd_of(x, eps)
             h, c, s = x * rstd, cos * weight, sin * swap(weight, r)
         ctx.save_for_backward(x if weight is not None else None, rstd, cos, sin, weight)
         return (h * c).addcmul_(swap(h, r), s)
@@ -319,6 +326,17 @@ def sort_by_expert(chosen, E):
     order = torch.from_numpy(flat.to(torch.int16).numpy().argsort(kind="stable"))            # a radix sort: a tenth of torch's time
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
     return order, inverse.view_as(chosen), torch.bincount(flat, minlength=E)
+
+
+@experts.fused(when=lambda x, *_: infers(x) and len(x) == 1)
+def _experts_one_token(x, weights, chosen, gate_up, down):
+    """Generation, batch 1: k matrix-vector products each way, which read the chosen experts' weights and nothing else."""
+    chosen = chosen[0].tolist()
+    h = swiglu(torch.stack([torch.mv(gate_up[e], x[0]) for e in chosen])) * weights.T.to(x.dtype)                  # (k,F)
+    y = torch.mv(down[chosen[0]], h[0])
+    for e, h_ in zip(chosen[1:], h[1:]):
+        y.addmv_(down[e], h_)
+    return y.unsqueeze(0)
 
 
 def few_rows(x, weights, chosen, gate_up, down):

@@ -227,7 +227,7 @@ _TOY = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, num_key
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's
     "toy": _LING2 | _TOY | dict(n_group=4, topk_group=2, routed_scaling_factor=1.0, expert_bias_update_rate=0.01),
-    "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75),
+    "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75, router_aux_loss_coef=0.03),       # a short run needs a firmer hand
     # for one GPU and an evening
     "small": dict(_LING2, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1536,
                   first_k_dense_replace=1, num_experts=64, num_experts_per_tok=6, moe_intermediate_size=192, initializer_range=0.02,
