@@ -59,7 +59,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -932,6 +931,7 @@ def check_metadata(folder):
 
 def load_checkpoint(folder, state):
     """Fill the tensors of `state`, a nested dict, in place from a checkpoint of train.py. Raises BadInput."""
+    import torch.distributed.checkpoint as dcp                   # here, as it costs 50 MB that models without runs need not pay
     check_metadata(folder)
     try:
         with warnings.catch_warnings():
