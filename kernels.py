@@ -304,8 +304,8 @@ def _(scale=1, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------------------------
 # experts: y_t = sum_j w_tj * down[e_tj] (silu(gate[e_tj] x_t) * (up[e_tj] x_t)), gate over up in one tensor [Ling1 eq. 2].
 # Dropless: any number of rows per expert, none included. Weights fp32; the rest in x's dtype.
-# One stable sort by expert, then expert by expert: gather, one gate_up matmul, SwiGLU times the routing weight, down matmul;
-# a gather-sum puts rows back. Between forward and backward only x and the pre-activations live, 2F per row instead of about
+# One stable sort by expert, then expert by expert: gather, one gate_up matmul, SwiGLU times the routing weight, down matmul, add
+# to the tokens' rows. Between forward and backward only x and the pre-activations live, 2F per row instead of about
 # 2D + 6F; the backward gathers x again and recomputes the activation. One expert's rows stay in cache through all of its
 # passes, which is why this loop beats grouped_mm over all rows at once. Gain: 1.5x; 74 % of the bare matmuls' speed.
 
@@ -318,14 +318,6 @@ def experts(x, weights, chosen, gate_up, down):
         h = F.linear(swiglu.reference(F.linear(x[token], gate_up[e])), down[e])
         y = y.index_add(0, token, h * weights[token, slot, None])
     return y.to(x.dtype)
-
-
-def sort_by_expert(chosen, E):
-    """Chosen (T,k) -> order (T*k,) of the flattened choices sorted by expert, its inverse (T,k), counts (E,)."""
-    flat = chosen.flatten()
-    order = torch.from_numpy(flat.to(torch.int16).numpy().argsort(kind="stable"))            # a radix sort: a tenth of torch's time
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
-    return order, inverse.view_as(chosen), torch.bincount(flat, minlength=E)
 
 
 @experts.fused(when=lambda x, *_: infers(x) and len(x) == 1)
@@ -362,26 +354,27 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weights, chosen, gate_up, down):
-        order, inverse, counts = sort_by_expert(chosen, len(down))
-        counts, token = counts.tolist(), order // chosen.shape[1]
+        flat = chosen.flatten()                                                              # (T*k,)
+        order = torch.from_numpy(flat.to(torch.int16).numpy().argsort(kind="stable"))        # a radix sort: a tenth of torch's time
+        counts, token = torch.bincount(flat, minlength=len(down)).tolist(), order // chosen.shape[1]
         w = weights.to(x.dtype).flatten().index_select(0, order).unsqueeze(-1)               # (T*k,1)
-        pre, y = x.new_empty(len(order), gate_up.shape[1]), x.new_empty(len(order), x.shape[1])
-        for t, w_, pre_, y_, gate_up_, down_ in zip(                                         # one expert: t (n,), pre_ (n,2F)
-                *(r.split(counts) for r in (token, w, pre, y)), gate_up.mT.unbind(), down.mT.unbind()):
+        pre, y = x.new_empty(len(order), gate_up.shape[1]), torch.zeros_like(x)
+        for t, w_, pre_, gate_up_, down_ in zip(                                             # one expert: t (n,), pre_ (n,2F)
+                *(rows.split(counts) for rows in (token, w, pre)), gate_up.mT.unbind(), down.mT.unbind()):
             torch.mm(x.index_select(0, t), gate_up_, out=pre_)
             gate, up = pre_.chunk(2, dim=1)
-            torch.mm(F.silu(gate).mul_(up).mul_(w_), down_, out=y_)                          # weight F columns, not D
-        ctx.save_for_backward(x, w, token, inverse, pre, gate_up, down)
-        ctx.counts, ctx.weights_dtype = counts, weights.dtype
-        return F.embedding_bag(inverse, y, mode="sum")                                       # row t: sum of its k rows of y
+            y.index_add_(0, t, torch.mm(F.silu(gate).mul_(up).mul_(w_), down_))              # weight F columns, not D
+        ctx.save_for_backward(x, w, order, pre, gate_up, down)
+        ctx.counts, ctx.k, ctx.dtype = counts, chosen.shape[1], weights.dtype
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, token, inverse, pre, gate_up, down = ctx.saved_tensors
-        dx, dw = x.new_empty(len(token), x.shape[1]), torch.empty_like(w)                    # by sorted row
+        x, w, order, pre, gate_up, down = ctx.saved_tensors
+        token, dx, dw = order // ctx.k, torch.zeros_like(x), torch.empty_like(w)
         dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
-        for t, w_, pre_, dx_, dw_, gate_up_, down_, dgate_up_, ddown_ in zip(
-                *(r.split(ctx.counts) for r in (token, w, pre, dx, dw.squeeze(1))), *(m.unbind() for m in (gate_up, down, dgate_up, ddown))):
+        for t, w_, pre_, dw_, gate_up_, down_, dgate_up_, ddown_ in zip(
+                *(rows.split(ctx.counts) for rows in (token, w, pre, dw.squeeze(1))), *(m.unbind() for m in (gate_up, down, dgate_up, ddown))):
             dye = dy.index_select(0, t)                                                      # (n,D)
             gate, up = pre_.chunk(2, dim=1)
             activation, dh = F.silu(gate), torch.mm(dye, down_)                              # (n,F); dh before the weight
@@ -390,8 +383,9 @@ class _Experts(torch.autograd.Function):
             torch.mm(dye.T, h.mul_(w_), out=ddown_)                                          # no rows: zeros
             dpre = swiglu_backward(dh.mul_(w_), pre_, activation)
             torch.mm(dpre.T, torch.index_select(x, 0, t, out=dye), out=dgate_up_)
-            torch.mm(dpre, gate_up_, out=dx_)
-        return (F.embedding_bag(inverse, dx, mode="sum"), dw.take(inverse).to(ctx.weights_dtype), None, dgate_up, ddown)
+            dx.index_add_(0, t, torch.mm(dpre, gate_up_, out=dye))
+        dw = torch.empty_like(dw).index_copy_(0, order, dw).view(-1, ctx.k).to(ctx.dtype)
+        return dx, dw, None, dgate_up, ddown
 
 
 @case("experts")
