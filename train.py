@@ -57,7 +57,7 @@ class TrainConfig:
     fresh: bool = option(False, "start over in a new folder")
     dense: bool = option(False, "replace the experts by a dense MLP of equal active parameters")
     seed: int = option(0, "of the weights, the order of the data and the routing warm-up")
-    steps: int = option(680, "optimizer steps")
+    steps: int = option(720, "optimizer steps")
     seq_len: int = option(256, "tokens per sequence")
     batch_tokens: int = option(3072, "tokens per optimizer step, over all micro-batches")
     micro_batch_tokens: int = option(4096, "tokens per forward pass, at most; lower it when memory runs out")
@@ -659,7 +659,7 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
 
 def finished(run, step):
     print(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
-        f"next: python sample.py {run} --prompt \"class \"   (train on: python train.py --out {run} --steps N)")
+        f"next: python sample.py {run} --prompt class   (train on: python train.py --out {run} --steps N)")
 
 
 def trim_metrics(run, step):
