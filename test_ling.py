@@ -856,7 +856,7 @@ BAD = {
     "--num-attention-heads 5": "num_attention_heads=5",
     "--rotary_dim 3": "odd",
     "--n_group 3": "n_group=3",
-    "--topk_group 1 --num_experts_per_tok 3": "fewer than",
+    "--n_group 4 --topk_group 1 --num_experts_per_tok 3": "fewer than",
     "--data nowhere.txt": "nowhere.txt: no such file",
     "--data empty.txt": "empty",
     "--data binary.dat": "not UTF-8",
