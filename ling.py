@@ -225,7 +225,7 @@ _TOY = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, num_key
             moe_intermediate_size=128, num_shared_experts=1, initializer_range=0.02)
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's
-    "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, routed_scaling_factor=4.0, expert_bias_update_rate=0.01),
+    "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, routed_scaling_factor=4.0, expert_bias_update_rate=0.004),
     "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75, router_aux_loss_coef=0.03),       # a short run needs a firmer hand
     # for one GPU and an evening
     "small": dict(_LING2, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1536,
@@ -414,15 +414,16 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def update_expert_bias(model, load):
+def update_expert_bias(model, load, scale=1.0):
     """Once per optimizer step: b += u (sign(e) - mean sign(e)), e = mean load - own load, so that an idle expert is chosen
-    more often [LossFree alg. 1], zero-mean as in [Ling2]. load: (MoE layers, E), summed over the step and over all ranks."""
+    more often [LossFree alg. 1], zero-mean as in [Ling2]. load: (MoE layers, E), summed over the step and over all ranks.
+    scale: multiplies u; train.py passes the learning rate over its peak, so that the choice settles when the weights do."""
     config = model.config
     if config.is_ling1 or not config.moe_router_enable_expert_bias:
         return
     load = load.float()
     direction = (load.mean(1, keepdim=True) - load).sign()                                   # (MoE layers, E)
-    step = config.expert_bias_update_rate * (direction - direction.mean(1, keepdim=True))
+    step = scale * config.expert_bias_update_rate * (direction - direction.mean(1, keepdim=True))
     for block, change in zip(model.moe_blocks(), step, strict=True):
         block.mlp.gate.expert_bias += change
 

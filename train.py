@@ -618,7 +618,7 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
         optimizer.zero_grad(set_to_none=True)
 
         # 6. rebalance the experts
-        update_expert_bias(model, load)
+        update_expert_bias(model, load, lr / train.lr if train.lr else 1.0)
         step += 1
 
         # 7. log
