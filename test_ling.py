@@ -788,6 +788,14 @@ def test_a_run_from_start_to_text(folder):
     assert losses(folder / "runs/tuned")[1] < steps[0]["loss"] - 0.2                         # it starts from what it was given
 
 
+def test_each_step_takes_the_next_samples(folder, monkeypatch):
+    """Samples trained on twice or never: alike in every run, so that comparing runs cannot show it."""
+    taken, batch = [], train.Data.batch
+    monkeypatch.setattr(train.Data, "batch", lambda self, first, count, device: taken.append((first, count)) or batch(self, first, count, device))
+    assert cli(train, *FLAGS, "--steps", "3", "--eval_every", "0")[0] == 0
+    assert taken == [(0, 4), (4, 4), (8, 4)]
+
+
 def test_stop_and_kill_change_nothing(folder):
     """A resumed run that sees other samples, another learning rate, or moments from zero: every loss must be bit for bit the same."""
     assert cli(train, *FLAGS, "--out", "runs/whole")[0] == 0
