@@ -78,7 +78,7 @@ def infers(x):
 # ----------------------------------------------------------------------------------------------------------------------
 # rms_norm: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension. fp32 inside, result in x's dtype.
 # Autograd keeps four intermediates and walks x about ten times; the twin saves x and one number per row. Backward is the
-# native layer-norm kernel with mean 0, which subtracts mean(dy * w) per row; adding it back makes it exact. Gain: 1.5x to 2.7x.
+# native layer-norm kernel with mean 0, which subtracts mean(dy * w) per row; adding it back makes it exact. Gain: 1.5x to 2.1x.
 
 @op
 def rms_norm(x, weight, eps):
@@ -134,7 +134,7 @@ def _(scale=1, dtype=torch.float32):
 # rope: QK-norm per head where there is one, then the rotation of the first r of d dims, half-split (dim i pairs with i + r/2):
 # y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin, as full-width passes: y = x * [cos cos 1] + swap(x) * [-sin sin 0] (slices of 32
 # floats vectorise badly). Tables fp32, result in x's dtype. The twin folds the norm's weight into the tables, saves x and one
-# number per head, and turns the gradient back by the same two passes. Gain: 1.3x to 1.7x.
+# number per head, and turns the gradient back by the same two passes. Gain: 1.4x to 1.6x.
 
 def swap(x, r):
     """(..., d): exchange the two halves of the first r dims."""
@@ -191,7 +191,7 @@ def _(scale=1, dtype=torch.float32):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # attention: softmax(q k^T / sqrt(d) + causal mask) v, each kv head shared by H/KV query heads. Softmax in fp32. The queries
-# are the last Sq of Sk positions (Sq < Sk only with a cache). Scores are S^2 per head, and SDPA never writes them. Gain: 1.9x.
+# are the last Sq of Sk positions (Sq < Sk only with a cache). Scores are S^2 per head, and SDPA never writes them. Gain: 1.5x.
 
 @op
 def attention(q, k, v):
@@ -268,9 +268,9 @@ def _(scale=1, dtype=torch.float32):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # route: scores of all experts, the k chosen ones, and their weights. fp32 in and out.
-#   Ling 1: s = softmax(l) over all E; top-k of s; w = s_chosen / sum(s_chosen) if norm_topk_prob         [Ling1 2.1]
+#   Ling 1: s = softmax(l) over all E; top-k of s; w = s_chosen / sum(s_chosen) if norm_topk_prob         [Ling1]    
 #   Ling 2: s = sigmoid(l); top-k of s + bias among the best groups; w = scale * s_chosen / sum(s_chosen)  [Ling2, DSv3 eq. 12-16]
-# (T,E) is small on a CPU: half a percent of a step, so the definition serves. A GPU wants one kernel instead of fifteen.
+# (T,E) is small on a CPU: about one percent of a step, so the definition serves. A GPU wants one kernel instead of fifteen.
 
 @op
 def route(logits, expert_bias, k, n_group, topk_group, score_function, norm_topk_prob, scale):
@@ -302,12 +302,12 @@ def _(scale=1, dtype=torch.float32):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# experts: y_t = sum_j w_tj * down[e_tj] (silu(gate[e_tj] x_t) * (up[e_tj] x_t)), gate over up in one tensor [Ling1 eq. 2].
+# experts: y_t = sum_j w_tj * down[e_tj] (silu(gate[e_tj] x_t) * (up[e_tj] x_t)), gate over up in one tensor [Ling1].
 # Dropless: any number of rows per expert, none included. Weights fp32; the rest in x's dtype.
 # One stable sort by expert, then expert by expert: gather, one gate_up matmul, SwiGLU times the routing weight, down matmul, add
 # to the tokens' rows. Between forward and backward only x and the pre-activations live, 2F per row instead of about
-# 2D + 6F; the backward gathers x again and recomputes the activation. One expert's rows stay in cache through all of its
-# passes, which is why this loop beats grouped_mm over all rows at once. Gain: 1.2x to 1.35x; 62 to 75 % of the bare matmuls' speed.
+# 2D + 6F; the backward gathers x again and recomputes the activation. The same Function on grouped_mm over all rows at once made
+# a whole training step 3 % slower. Gain: 1.1x to 1.4x; 62 to 79 % of the bare matmuls' speed.
 
 @op
 def experts(x, weights, chosen, gate_up, down):
@@ -398,8 +398,8 @@ def _(scale=1, dtype=torch.float32, E=16, k=4, D=256, width=128):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # linear_cross_entropy: sum over targets >= 0 of -log softmax(W x)[target]. Loss in fp32, gradients in the inputs' dtypes.
-# The logits are the largest tensor of a step (4096 x 4096 x 4 B = 64 MiB here, 19 GB at Ling-lite's vocabulary and 4 x 8k
-# tokens). The twin makes about 16 MiB of them at a time and turns each chunk into its gradient at once. Gain: 1.45x.
+# The logits are the largest tensor of a step (4096 x 4096 x 4 B = 64 MiB here, 16.6 GB at Ling-lite's vocabulary and 4 x 8k
+# tokens). The twin makes about 16 MiB of them at a time and turns each chunk into its gradient at once. Gain: 1.4x to 1.5x.
 # NormHead [Ling1 eq. 4] divides W's columns by their norms (dim 0: what every release is made with), norm detached; dividing x
 # instead is the same product and never copies W.
 

@@ -359,7 +359,7 @@ class Attention(nn.Module):
 # 4. The router: which experts, with which weights, and what keeps their load even
 
 class Warmup(NamedTuple):
-    """Stochastic routing warm-up [Ling1 3]: early in training, before scores mean anything, experts are chosen by noise that is
+    """Stochastic routing warm-up [Ling1]: early in training, before scores mean anything, experts are chosen by noise that is
     gradually replaced by the router, so that no expert starves because of its initial weights."""
     alpha: float                                                 # min(step / W, 1): 0 = noise only, 1 = router only
     seeds: list                                                  # one int per sequence of the batch: noise follows the sample,
@@ -417,7 +417,8 @@ class Router(nn.Module):
 def update_expert_bias(model, load, scale=1.0):
     """Once per optimizer step: b += u (sign(e) - mean sign(e)), e = mean load - own load, so that an idle expert is chosen
     more often [LossFree alg. 1], zero-mean as in [Ling2]. load: (MoE layers, E), summed over the step and over all ranks.
-    scale: multiplies u; train.py passes the learning rate over its peak, so that the choice settles when the weights do."""
+    scale: multiplies u; train.py passes the learning rate over its peak, meant to let the choice settle when the weights do. On the
+    toy no gain was measured: 1.605 bits per byte with it and u 0.004, 1.604 without it and u 0.01."""
     config = model.config
     if config.is_ling1 or not config.moe_router_enable_expert_bias:
         return
@@ -455,7 +456,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """y = sum_j w_j expert_j(x) + shared(x) [Ling1 eq. 1-3], [DSv3 eq. 12]."""
+    """y = sum_j w_j expert_j(x) + shared(x) [Ling1], [DSv3 eq. 12]."""
 
     def __init__(self, config, layer):
         super().__init__()
