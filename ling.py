@@ -62,7 +62,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import attention, experts, linear_cross_entropy, norm_head_scale, rms_norm, rope, route, swiglu
+from kernels import attention, experts, linear, linear_cross_entropy, norm_head_scale, rms_norm, rope, route, swiglu
 
 
 class BadInput(ValueError):
@@ -221,11 +221,11 @@ _LING2 = dict(score_function="sigmoid", use_qk_norm=True, n_group=8, topk_group=
 _LING2_RELEASE = dict(_LING2, vocab_size=157184, rope_theta=600000.0, max_position_embeddings=32768, num_experts=256,
                       num_experts_per_tok=8, head_dim=128, num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1,
                       pad_token_id=156892, eos_token_id=156892)
-_TOY = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, num_experts=8, num_experts_per_tok=2,
+_TOY = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, num_experts=8, num_experts_per_tok=2,
             moe_intermediate_size=128, num_shared_experts=1, initializer_range=0.02)
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's
-    "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, routed_scaling_factor=4.0, expert_bias_update_rate=0.004),
+    "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, routed_scaling_factor=1.0, expert_bias_update_rate=0.002),
     "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75, router_aux_loss_coef=0.03),       # a short run needs a firmer hand
     # for one GPU and an evening
     "small": dict(_LING2, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1536,
@@ -344,7 +344,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos_sin, cache):                                                    # x (B,S,D)
         H, KV, d = self.H, self.KV, self.d
-        qk, v = self.query_key_value(x).split([(H + KV) * d, KV * d], dim=-1)
+        qk, v = linear(x, self.query_key_value.weight, self.query_key_value.bias).split([(H + KV) * d, KV * d], dim=-1)
         norm = None
         if self.query_layernorm is not None:                                                 # [Ling2]: bounds the logits; rope applies it first
             norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
@@ -352,7 +352,7 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (KV, d))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        return self.dense(attention(q, k, v).flatten(2))                                     # (B,S,D)
+        return linear(attention(q, k, v).flatten(2), self.dense.weight, self.dense.bias)     # (B,S,D)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,12 +396,13 @@ class Router(nn.Module):
         """x (T,D) -> weights (T,k), experts (T,k), Routing. counted (T,) bool: tokens whose target is scored; None: no targets."""
         c = self.config
         with torch.autocast(x.device.type, enabled=False):                                   # or mixed precision would undo .float()
-            logits = F.linear(x.float(), self.weight.float())                                # (T,E)
+            logits = linear(x.float(), self.weight.float())                                  # (T,E)
         mixed = logits if warmup is None else warmup.mix(logits, self.layer)
         weights, chosen, scores = route(mixed, self.expert_bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.score_function,
                                         c.norm_topk_prob, c.routed_scaling_factor)
         # Ignored targets (padding) count in no load and no loss.
-        load = torch.bincount((chosen if counted is None else chosen[counted]).flatten(), minlength=c.num_experts)     # (E,)
+        hits = torch.ones_like(chosen) if counted is None else counted.to(chosen.dtype).unsqueeze(1).expand_as(chosen)
+        load = chosen.new_zeros(c.num_experts).scatter_add_(0, chosen.flatten(), hits.flatten())                # (E,); bincount would sync
         balance = z = None
         if counted is not None and c.router_aux_loss_coef:
             # [Switch] eq. 4-6: E * sum_e f_e P_e, f the share of routed rows, P the mean score (Ling.forward divides by the count);
@@ -414,17 +415,15 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def update_expert_bias(model, load, scale=1.0):
+def update_expert_bias(model, load):
     """Once per optimizer step: b += u (sign(e) - mean sign(e)), e = mean load - own load, so that an idle expert is chosen
-    more often [LossFree alg. 1], zero-mean as in [Ling2]. load: (MoE layers, E), summed over the step and over all ranks.
-    scale: multiplies u; train.py passes the learning rate over its peak, meant to let the choice settle when the weights do. On the
-    toy no gain was measured: 1.605 bits per byte with it and u 0.004, 1.604 without it and u 0.01."""
+    more often [LossFree alg. 1], zero-mean as in [Ling2]. load: (MoE layers, E), summed over the step and over all ranks."""
     config = model.config
     if config.is_ling1 or not config.moe_router_enable_expert_bias:
         return
     load = load.float()
     direction = (load.mean(1, keepdim=True) - load).sign()                                   # (MoE layers, E)
-    step = scale * config.expert_bias_update_rate * (direction - direction.mean(1, keepdim=True))
+    step = config.expert_bias_update_rate * (direction - direction.mean(1, keepdim=True))
     for block, change in zip(model.moe_blocks(), step, strict=True):
         block.mlp.gate.expert_bias += change
 
@@ -440,7 +439,7 @@ class MLP(nn.Module):
         self.gate_up, self.down = nn.Parameter(torch.empty(2 * width, D)), nn.Parameter(torch.empty(D, width))
 
     def forward(self, x):                                                                    # (...,D) -> (...,D)
-        return F.linear(swiglu(F.linear(x, self.gate_up)), self.down)
+        return linear(swiglu(linear(x, self.gate_up)), self.down)
 
 
 class Experts(nn.Module):
@@ -620,7 +619,7 @@ class Ling(nn.Module):
             x = (x * scale).to(x.dtype)                                                      # same product as with W / column norms
             if cache is not None:
                 cache.head_scale = scale
-        return self.lm_head(x).float()
+        return linear(x, self.lm_head.weight).float()
 
     # Reading and writing weights: section 8.
 

@@ -161,8 +161,10 @@ def test_flops_of_ling_lite():
 # Kernels: each fast path against its definition
 
 def test_every_op_has_a_case():
-    """An op that no test or benchmark ever calls."""
+    """An op that no test or benchmark ever calls, or that does not say what it computes and what it gains."""
     assert kernels.OPS.keys() == kernels.CASES.keys()
+    source = Path(kernels.__file__).read_text()
+    assert all(f"# {'-' * 118}\n# {name}: " in source for name in kernels.OPS)
 
 
 @pytest.mark.parametrize("name", kernels.CASES)
@@ -195,6 +197,19 @@ def test_experts_at_the_edges(T, k, choice, train):
     else:
         with torch.no_grad():
             assert worst(kernels.experts(*args), kernels.experts.reference(*args)) < 2e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (24,), (1, 1030)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_through_a_linear_map(shape, bias):
+    """Generation's own way through a matrix: rank and bias kept, weights on both sides of the size where it changes, a strided row."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2], torch.randn(shape[-1], shape[-1])
+    b = torch.randn(shape[-1]) if bias else None
+    with torch.no_grad():
+        got, want = kernels.linear(x, weight, b), F.linear(x, weight, b)
+    assert got.shape == want.shape and worst(got, want) < 2e-6
+    assert kernels.linear(x, weight.requires_grad_(), b).requires_grad                       # with gradients: torch's own
 
 
 def test_definitions_and_fast_paths_train_alike(monkeypatch):

@@ -57,13 +57,13 @@ class TrainConfig:
     fresh: bool = option(False, "start over in a new folder")
     dense: bool = option(False, "replace the experts by a dense MLP of equal active parameters")
     seed: int = option(0, "of the weights, the order of the data and the routing warm-up")
-    steps: int = option(720, "optimizer steps")
+    steps: int = option(1100, "optimizer steps")
     seq_len: int = option(256, "tokens per sequence")
     batch_tokens: int = option(3072, "tokens per optimizer step, over all micro-batches")
     micro_batch_tokens: int = option(4096, "tokens per forward pass, at most; lower it when memory runs out")
     batch_warmup_steps: int = option(0, "the batch grows linearly to batch_tokens over so many steps")
     batch_start: float = option(0.25, "part of batch_tokens it starts with")
-    lr: float = option(2.5e-3, "peak learning rate")
+    lr: float = option(3e-3, "peak learning rate")
     warmup_steps: int = option(50, "linear warm-up of the learning rate")
     halve_at: float = option(0.0, "part of the run after which the learning rate is halved (Ling 1: 0.6); 0: never")
     decay: float = option(0.5, "last part of the run, over which the learning rate falls to final_lr; 0: constant")
@@ -618,7 +618,7 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
         optimizer.zero_grad(set_to_none=True)
 
         # 6. rebalance the experts
-        update_expert_bias(model, load, lr / train.lr if train.lr else 1.0)
+        update_expert_bias(model, load)
         step += 1
 
         # 7. log
