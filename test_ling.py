@@ -4,6 +4,7 @@
 """
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import logging
@@ -23,6 +24,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():         # before kernels.py is read: its GPU kernels run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 import kernels
 import ling
 import sample
@@ -210,6 +214,104 @@ def test_one_row_through_a_linear_map(shape, bias):
         got, want = kernels.linear(x, weight, b), F.linear(x, weight, b)
     assert got.shape == want.shape and worst(got, want) < 2e-6
     assert kernels.linear(x, weight.requires_grad_(), b).requires_grad                       # with gradients: torch's own
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPU kernels, in Triton's interpreter where there is no GPU
+
+@pytest.fixture
+def poisoned():
+    """torch.empty holds NaN: an element that a kernel forgets to write shows."""
+    if not HAS_TRITON:
+        pytest.skip("GPU kernels untested: pip install --no-deps triton==3.7.1 (the interpreter needs no GPU)")
+    torch.use_deterministic_algorithms(True)
+    yield "cuda" if torch.cuda.is_available() else "cpu"
+    torch.use_deterministic_algorithms(False)
+
+
+def agree(twin, reference, args, device, tolerance=1e-5):
+    """Values and every gradient."""
+    args = [a.to(device) if torch.is_tensor(a) else a for a in args]
+    for got, want in zip(kernels.grads(twin, args), kernels.grads(reference, args), strict=True):
+        assert got.isfinite().all() and worst(got, want) < tolerance
+
+
+@pytest.mark.parametrize("T, E, k, groups, kept, scoring, norm", [
+    (13, 16, 4, 4, 2, "sigmoid", True), (7, 8, 2, 1, 1, "softmax", False), (5, 6, 1, 1, 1, "sigmoid", True), (1, 256, 8, 8, 4, "sigmoid", True),
+    (9, 12, 3, 3, 2, "softmax", True), (6, 8, 4, 8, 5, "sigmoid", False)])
+def test_gpu_route(T, E, k, groups, kept, scoring, norm, poisoned):
+    """Groups that are no power of two, an expert chosen twice, weights from biased scores, a gradient that forgets the normalisation."""
+    torch.manual_seed(0)
+    bias = torch.randn(E, device=poisoned) if scoring == "sigmoid" else None                  # far below 0: a masked group must not win
+    def by_expert(fn):                                           # the k choices come in any order
+        def run(logits):
+            weights, chosen, scores = fn(logits, bias, k, groups, kept, scoring, norm, 2.5)
+            assert (chosen.sort(1).values.diff(dim=1) > 0).all()
+            return torch.zeros_like(scores).scatter(1, chosen, weights), scores
+        return run
+    agree(by_expert(kernels._RouteGPU), by_expert(kernels.route.reference), [torch.randn(E, T).T], poisoned)
+
+
+@pytest.mark.parametrize("T, k, E", [(37, 3, 5), (200, 2, 16), (1, 1, 8), (50, 8, 256), (70, 2, 2)])
+def test_gpu_plan(T, k, E, poisoned):
+    """A sort that is not stable, or loses a row at the edge of a block; an expert without rows."""
+    scores = torch.rand(T, E, device=poisoned)
+    scores[:, E // 2] -= 1                                       # chosen by nobody, where k leaves a choice
+    chosen = scores.topk(k).indices
+    order, place, offsets = kernels.plan(chosen, E)
+    assert torch.equal(order.long(), chosen.flatten().argsort(stable=True)) and torch.equal(place.long(), order.argsort())
+    assert offsets.tolist() == [0, *chosen.flatten().bincount(minlength=E).cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize("T, k, E, D, width, choice", [
+    (37, 3, 5, 40, 24, "random"), (64, 2, 4, 64, 32, "random"), (1, 1, 8, 24, 16, "random"), (33, 2, 8, 20, 20, "one"), (2, 8, 256, 24, 20, "random")])
+def test_gpu_experts(T, k, E, D, width, choice, poisoned):
+    """A tile that straddles two experts, columns past an odd width, empty experts, every token on the same ones, top-1, one token."""
+    torch.manual_seed(0)
+    chosen = torch.rand(T, E).topk(k).indices if choice == "random" else torch.arange(k).expand(T, k)
+    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D) / D ** 0.5, torch.randn(E, D, width) / width ** 0.5)
+    agree(kernels._experts_gpu, kernels.experts.reference, args, poisoned)
+    with torch.no_grad():
+        assert worst(kernels._experts_decode_gpu(*args), kernels.experts.reference(*args)) < 1e-5
+
+
+@pytest.mark.parametrize("B, S, N, d, r, norm", [(2, 5, 3, 24, 12, True), (1, 7, 2, 16, 16, False), (2, 3, 6, 64, 32, True), (1, 1, 1, 8, 2, True)])
+def test_gpu_rope(B, S, N, d, r, norm, poisoned):
+    """Heads that are a view of the fused projection, a head that is no power of two, positions that restart with each row."""
+    angle = torch.rand(S, r // 2) * 6
+    cos, sin = F.pad(angle.cos().repeat(1, 2), (0, d - r), value=1.0), F.pad(torch.cat([-angle.sin(), angle.sin()], 1), (0, d - r))
+    heads = torch.randn(B, S, (N + 1) * d)[..., :N * d].unflatten(-1, (N, d))
+    view = lambda fn: lambda x, *rest: fn(torch.cat([x, x[:, :, :1]], 2)[:, :, :N], *rest)
+    agree(view(kernels._RopeGPU), kernels.rope.reference, [heads, cos, sin, r, torch.rand(N, d) + 0.5 if norm else None, 1e-6], poisoned)
+
+
+@pytest.mark.parametrize("T, V, norm_head", [(5, 77, True), (1, 32, False), (3, 200, False)])
+def test_gpu_loss_and_swiglu(T, V, norm_head, poisoned):
+    """A vocabulary that no block divides, ignored targets whose logits still get a gradient, several chunks."""
+    targets = torch.randint(0, V, (T,))
+    targets[-1] = -100 if T > 1 else V - 1
+    args = [torch.randn(T, 24), torch.randn(V, 24), targets, norm_head]
+    agree(kernels._linear_cross_entropy_gpu, kernels.linear_cross_entropy.reference, args, poisoned)
+    chunks = lambda x, w, t, n: kernels._LinearCrossEntropy.apply(x, w, t, n, kernels.softmax_gradient_gpu, 0, 2)
+    agree(chunks, kernels.linear_cross_entropy.reference, args, poisoned)
+    agree(kernels._SwiGLUGPU, kernels.swiglu.reference, [torch.randn(T, 2 * V)], poisoned)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All of them together
+
+@pytest.mark.parametrize("fields", [LING1, LING2], ids=["ling1", "ling2"])
+def test_compiles_into_one_graph(fields):
+    """A graph break in the block: a sync, a numpy call, a shape that depends on the data."""
+    model = Ling(LingConfig(**fields))
+    whole, (tokens, targets) = torch.compile(model, fullgraph=True, backend="aot_eager"), tokens_and_targets()
+    results = []
+    for run in (model, whole):
+        model.zero_grad()
+        loss = run(tokens, targets).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(worst(got, want) < 2e-5 for want, got in zip(*results, strict=True))
 
 
 def test_definitions_and_fast_paths_train_alike(monkeypatch):
