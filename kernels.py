@@ -1,6 +1,7 @@
 """Why is Ling fast? Every op of the model stands here twice: its definition in plain torch, and beside it the fast one.
 
     python kernels.py                       # parity and speed of every op on this machine, as a table
+    python kernels.py --bench               # the GPU twins beside grouped_mm, torch.compile and bare matmuls, at Ling-mini-2.0's shapes
     python kernels.py --compile-check       # registers and spills of every GPU kernel, on a machine without a GPU
     LING_KERNELS=auto|torch|fused           # auto: fast where it applies; torch: definitions only; fused: never fall back
 
@@ -1224,6 +1225,50 @@ def gpu_twins(x, D=2048, E=256, k=8, width=512, V=157184):
     grads(_linear_cross_entropy_gpu, (x, new(V, D), new(T, dtype=torch.int64), False))
 
 
+def gpu_bench(device="cuda", dtype=torch.bfloat16, cases=((8192, 2048, 256, 8, 512), (32768, 2048, 256, 8, 512), (32768, 2048, 128, 8, 768)),
+              vocabulary=157184, repeats=15):
+    """Forward and backward of each GPU twin beside its rivals, random data, medians taken in turn: ms, TFLOP/s and memory that the
+    MoE layer saves; the other ops against their definitions, eager and compiled. Fails on a host sync or on bits that change."""
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else device}")
+    new = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+    for T, D, E, k, width in cases:
+        for name, skew in (("balanced", 0.0), ("skewed", 0.5)):
+            chosen = (torch.rand(T, E, device=device) + skew * torch.linspace(0, 1, E, device=device)).topk(k).indices
+            args = [new(T, D), torch.rand(T, k, device=device), chosen, new(E, 2 * width, D) / D ** 0.5, new(E, D, width) / width ** 0.5]
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+                _experts_gpu(*[a.requires_grad_() if a.is_floating_point() else a for a in args])
+            kept = {t.data_ptr(): t.nbytes for t in saved if not any(t is a for a in args)}
+            compiled = torch.compile(_experts_grouped_mm)
+            ms = bench({"ours": step(_experts_gpu, args), "grouped_mm": step(_experts_grouped_mm, args), "compiled grouped_mm": step(compiled, args)}, repeats)
+            flops = 18 * T * k * D * width
+            print(f"experts T{T} D{D} E{E} k{k} F{width} {name}: " + ", ".join(f"{who} {t:.2f} ms {flops / t / 1e9:.0f} TFLOP/s" for who, t in ms.items())
+                  + f"; saved {sum(kept.values()) / 1e6:.0f} MB", flush=True)
+    if device == "cuda":                                         # after the warm-up above: compiling a kernel does sync
+        run = step(_experts_gpu, args)
+        torch.cuda.set_sync_debug_mode("error")
+        run()
+        torch.cuda.set_sync_debug_mode("default")
+    first, second = (grads(_experts_gpu, args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second)), "experts: two runs of one input differ"
+    T, D = cases[0][:2]
+    x, weight, targets = new(T, D), new(vocabulary, D) / D ** 0.5, torch.randint(0, vocabulary, (T,), device=device)
+
+    def matmuls():
+        for rows in x.split(2048):
+            logits = rows @ weight.T
+            logits @ weight, logits.T @ rows
+    ms = bench({"ours": step(_linear_cross_entropy_gpu, (x, weight, targets, False)), "its three matmuls": matmuls}, repeats)
+    print(f"linear_cross_entropy T{T} V{vocabulary}: " + ", ".join(f"{who} {t:.2f} ms" for who, t in ms.items()))
+    E, k = cases[0][2:4]
+    for name, twin, args in (("route", _RouteGPU, (torch.randn(T, E, device=device), torch.randn(E, device=device), k, 4, 2, "sigmoid", True, 2.5)),
+                             ("rope", _RopeGPU, (new(1, T, 20, 128), *torch.rand(2, T, 128, device=device), 64, new(20, 128), 1e-6)),
+                             ("swiglu", _SwiGLUGPU, (new(T, 4 * D),))):
+        reference = OPS[name].reference
+        ms = bench({"ours": step(twin, args), "definition": step(reference, args), "compiled definition": step(torch.compile(reference), args)}, repeats)
+        print(f"{name}: " + ", ".join(f"{who} {t:.3f} ms" for who, t in ms.items()), flush=True)
+
+
 def compile_one(job):
     """-> kernel, target, tile, registers, shared memory in KB, bytes or registers spilled, matrix instructions; an error as text."""
     import re
@@ -1298,6 +1343,11 @@ def compile_check():
 def main():
     if "--compile-check" in sys.argv[1:]:
         return compile_check()
+    if "--bench" in sys.argv[1:]:
+        if triton is None or not torch.cuda.is_available():
+            print("--bench needs a GPU that Triton can use", file=sys.stderr)
+            return 2
+        return gpu_bench()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, LING_KERNELS={MODE}; fp32, forward and backward, "
           "medians taken in turn\n")

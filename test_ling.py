@@ -242,7 +242,7 @@ def agree(twin, reference, args, device, tolerance=1e-5):
 def test_gpu_route(T, E, k, groups, kept, scoring, norm, poisoned):
     """Groups that are no power of two, an expert chosen twice, weights from biased scores, a gradient that forgets the normalisation."""
     torch.manual_seed(0)
-    bias = torch.randn(E, device=poisoned) if scoring == "sigmoid" else None                  # far below 0: a masked group must not win
+    bias = torch.randn(E, device=poisoned) - 3 if scoring == "sigmoid" else None             # all below 0: a masked group must not win
     def by_expert(fn):                                           # the k choices come in any order
         def run(logits):
             weights, chosen, scores = fn(logits, bias, k, groups, kept, scoring, norm, 2.5)
