@@ -114,17 +114,18 @@ def family():
     return "amd" if torch.version.hip else "ampere" if torch.cuda.get_device_capability() < (9, 0) else "hopper"
 
 
-def tile(kernel, rows):
+def tile(kernel, rows, dtype):
     """Tile of a grouped matmul with so many rows per expert, as keyword arguments of its launch."""
     if INTERPRETED:
         return dict(BM=16, BN=32, BK=16)
     _, BM, BN, BK, warps, stages = next(entry for entry in TILES[family()][kernel] if rows >= entry[0])
-    return dict(BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages)
+    return dict(BM=BM, BN=BN, BK=BK * 2 // dtype.itemsize, num_warps=warps, num_stages=stages)    # fp32 takes twice the shared memory
 
 
 def launch(kernel, grid, *args, **constants):
     """The one place where kernels start; --compile-check puts its compiler here, so that it checks just what runs."""
-    kernel[grid](*args, **constants)
+    with torch.cuda.device_of(args[0]):                         # Triton launches on the current device
+        kernel[grid](*args, **constants)
 
 
 def on_gpu(x):
@@ -919,7 +920,7 @@ def experts_gpu(x, weights, chosen, gate_up, down):
 
 def grouped(name, kernel, columns, depth, args, rows, E, **constants):
     """Launch a grouped matmul: `rows` sorted by expert, cut into at most rows / BM + E tiles, times blocks of `columns`."""
-    c = tile(name, rows // E)
+    c = tile(name, rows // E, args[0].dtype)
     even = columns % c["BN"] == depth % c["BK"] == 0                                         # no column is masked: fewer registers
     launch(kernel, ((cdiv(rows, c["BM"]) + E) * cdiv(columns, c["BN"]),), *args, E=E, EP=pow2(E), EVEN=even, **constants, **c)
 
@@ -980,11 +981,11 @@ class _ExpertsGPU(torch.autograd.Function):
         x, weights, gate_up, down, order, place, offsets, h = ctx.saved_tensors
         (T, D), (E, _, width), k, dy = x.shape, down.shape, weights.shape[1], dy.contiguous()
         dh, wz, dx = torch.empty_like(h), x.new_empty(T * k, width), torch.empty_like(x)
-        blocks = cdiv(width, tile("down_backward", T * k // E)["BN"])
+        blocks = cdiv(width, tile("down_backward", T * k // E, x.dtype)["BN"])
         dweights = torch.empty(T, k, blocks, dtype=torch.float32, device=x.device)           # no atomics: a partial sum per block
         grouped("down_backward", down_backward_kernel, width, D, (dy, order, weights, down, h, dh, wz, dweights, offsets, D, width), T * k, E, k=k)
         ddown, dgate_up, da = torch.empty_like(down), torch.empty_like(gate_up), x.new_empty(T * k, D)
-        c = tile("weight_grad", T * k // E)
+        c = tile("weight_grad", T * k // E, x.dtype)
         for dw, a, b, gathers in ((ddown, dy, wz, (True, False)), (dgate_up, dh, x, (False, True))):
             (P, Q), (GATHER_A, GATHER_B) = dw.shape[1:], gathers
             launch(weight_grad_kernel, (cdiv(P, c["BM"]) * cdiv(Q, c["BN"]), E), a, b, order, dw, offsets, P, Q, k=k,
