@@ -45,8 +45,10 @@ width, H query heads, KV key/value heads, d head_dim, r rotary width. A linear m
 Tensors are named as in the released files, but for three things (section 8): experts are stacked, E matrices in one tensor; a SwiGLU's
 gate and up are one matrix; MTP blocks have a list of their own.
 """
+import collections
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -59,10 +61,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import attention, experts, linear, linear_cross_entropy, norm_head_scale, rms_norm, rope, route, swiglu
+from kernels import attention, autocast, experts, linear, linear_cross_entropy, norm_head_scale, rms_norm, rope, route, swiglu
 
 
 class BadInput(ValueError):
@@ -392,8 +395,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias", None if config.is_ling1 else torch.zeros(config.num_experts))
 
-    def forward(self, x, counted, warmup):
-        """x (T,D) -> weights (T,k), experts (T,k), Routing. counted (T,) bool: tokens whose target is scored; None: no targets."""
+    def forward(self, x, counted, warmup, share=None):
+        """x (T,D) -> weights (T,k), experts (T,k), Routing. counted (T,) bool: tokens whose target is scored; None: no targets.
+        share (E,): f of the balance loss; None: that of this batch."""
         c = self.config
         with torch.autocast(x.device.type, enabled=False):                                   # or mixed precision would undo .float()
             logits = linear(x.float(), self.weight.float())                                  # (T,E)
@@ -406,8 +410,9 @@ class Router(nn.Module):
         balance = z = None
         if counted is not None and c.router_aux_loss_coef:
             # [Switch] eq. 4-6: E * sum_e f_e P_e, f the share of routed rows, P the mean score (Ling.forward divides by the count);
-            # 1 when even. Only P has a gradient. f is of this micro-batch, so here alone a split of the batch changes the value.
-            share = load / load.sum().clamp(min=1)
+            # 1 when even. Only P has a gradient. An f of this micro-batch alone asks every few sequences to be even, and changes
+            # with the split of the batch; a given one (train.py --balance global) asks it of the whole.
+            share = load / load.sum().clamp(min=1) if share is None else share
             balance = c.num_experts * (share * (scores * counted.unsqueeze(1)).sum(0)).sum()
         if counted is not None and c.router_z_loss_coef:
             z = (logits.logsumexp(-1).square() * counted).sum()                              # [STMoE] eq. 5, on the router's own logits
@@ -442,16 +447,76 @@ class MLP(nn.Module):
         return linear(swiglu(linear(x, self.gate_up)), self.down)
 
 
+def local(p):
+    """What this rank holds of a tensor: all of it, unless it is a DTensor."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def part_of(p, coordinate=None):
+    """Which part of a tensor the rank at a coordinate of its mesh (None: this one) holds, as a range per dimension. All of it,
+    unless it is a DTensor; those are cut into equal pieces, the last ones shorter or empty."""
+    part = [range(n) for n in p.shape]
+    for i, placement in reversed([*enumerate(getattr(p, "placements", ()))]):                # experts are cut by ep first, then by edp
+        if not placement.is_replicate():
+            piece = -(-len(part[placement.dim]) // p.device_mesh.size(i))
+            rank = p.device_mesh.get_local_rank(i) if coordinate is None else coordinate[i]
+            part[placement.dim] = part[placement.dim][piece * rank:piece * (rank + 1)]
+    return part
+
+
+def slices(part):
+    return tuple(slice(r.start, r.stop) for r in part)
+
+
+def local_matrices(p):
+    """Yields (expert, what this rank holds of its matrix, that part of the whole as slices), or (None, ...) once if p is no stack."""
+    part = part_of(p)
+    yield from ((e, matrix, slices(part[1:])) for e, matrix in zip(part[0], local(p))) if p.dim() == 3 else [(None, local(p), slices(part))]
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows between the ranks of a group: the first sends[0] rows of x go to its rank 0, the next sends[1] to rank 1 ..., and
+    receives[r] rows come from rank r. Gradients travel back the same way."""
+
+    @staticmethod
+    def forward(ctx, x, sends, receives, group):
+        ctx.route = receives, sends, group
+        out = x.new_empty(sum(receives), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        return AllToAll.apply(dy, *ctx.route), None, None, None
+
+
 class Experts(nn.Module):
-    """E SwiGLUs of width F, stacked."""
+    """E SwiGLUs of width F, stacked. Where train.py has set `group`, each of its ranks holds E / ranks of them."""
 
     def __init__(self, config):
         super().__init__()
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up, self.down = nn.Parameter(torch.empty(E, 2 * width, D)), nn.Parameter(torch.empty(E, D, width))
+        self.group = None
 
     def forward(self, x, weights, chosen):                                                   # (T,D), (T,k), (T,k) -> (T,D)
-        return experts(x, weights, chosen, self.gate_up, self.down)
+        if self.group is None:
+            return experts(x, weights, chosen, self.gate_up, self.down)
+        # Expert parallelism, dropless: rows go to the rank that holds their expert, whatever number that is, and come back. A rank
+        # without a row still takes part in every exchange.
+        (T, k), E, x = chosen.shape, len(self.gate_up), autocast(x)[0]
+        order = chosen.flatten().argsort(stable=True)                                        # 1 sort: T*k rows by expert
+        counts = chosen.new_zeros(E).scatter_add_(0, chosen.flatten(), torch.ones_like(order))   # (E,)
+        arriving = torch.empty_like(counts)                                                  # (ranks * my experts,)
+        dist.all_to_all_single(arriving, counts, group=self.group)
+        ranks = dist.get_world_size(self.group)
+        sends, receives = torch.stack([counts, arriving]).view(2, ranks, -1).sum(2).tolist() # SYNC: the one of a layer
+        rows = AllToAll.apply(x[order // k], sends, receives, self.group)                    # 2 send: (R,D), by sender, then by expert
+        scale = AllToAll.apply(weights.flatten()[order], sends, receives, self.group)        # (R,)
+        mine = torch.arange(E // ranks, device=x.device).repeat(ranks).repeat_interleave(arriving, output_size=len(rows))   # (R,)
+        y = experts(rows, scale.unsqueeze(1), mine.unsqueeze(1), self.gate_up.to_local(), self.down.to_local())   # 3 compute, weighted
+        y = AllToAll.apply(y, receives, sends, self.group)                                   # 4 return: (T*k,D)
+        return torch.empty_like(y).index_copy(0, order, y).view(T, k, -1).sum(1)             # 5 sum of each token's k rows
 
 
 class MoE(nn.Module):
@@ -463,9 +528,9 @@ class MoE(nn.Module):
         shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x, counted, warmup):
+    def forward(self, x, counted, warmup, share):
         h = x.flatten(0, 1)                                                                  # (T,D), T = B*S
-        weights, chosen, routing = self.gate(h, counted, warmup)                             # 1 route: (T,k), (T,k)
+        weights, chosen, routing = self.gate(h, counted, warmup, share)                      # 1 route: (T,k), (T,k)
         y = self.experts(h, weights, chosen)                                                 # 2 sort, matmuls, weighted sum: (T,D)
         if self.shared_experts is not None:
             y = y + self.shared_experts(h)                                                   # 3 shared: weight 1, never scaled
@@ -483,11 +548,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MLP(D, config.intermediate_size) if layer < config.first_k_dense_replace else MoE(config, layer)
 
-    def forward(self, x, cos_sin, counted=None, cache=None, warmup=None):
+    def forward(self, x, cos_sin, counted=None, cache=None, warmup=None, share=None):
         """x (B,S,D) -> x (B,S,D), Routing (None in a dense layer)."""
         x = x + self.attention(self.input_layernorm(x), cos_sin, cache)
         h = self.post_attention_layernorm(x)
-        y, routing = self.mlp(h, counted, warmup) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        y, routing = self.mlp(h, counted, warmup, share) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
         return x + y, routing
 
 
@@ -501,9 +566,9 @@ class MTP(Block):
         self.enorm, self.hnorm, self.final_layernorm = RMSNorm(D, eps), RMSNorm(D, eps), RMSNorm(D, eps)
         self.eh_proj = nn.Linear(2 * D, D, bias=False)
 
-    def forward(self, h, embedding, cos_sin, counted, warmup):                               # both (B,S,D)
+    def forward(self, h, embedding, cos_sin, counted, warmup, share):                        # both (B,S,D)
         x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(h)], dim=-1))          # embedding first: [DSv3] writes it second
-        x, routing = super().forward(x, cos_sin, counted, None, warmup)
+        x, routing = super().forward(x, cos_sin, counted, None, warmup, share)
         return self.final_layernorm(x), routing
 
 
@@ -548,38 +613,41 @@ class Ling(nn.Module):
     def init_weights(self, seed):
         """By role: norms 1, biases 0, matrices N(0, initializer_range), and those that write into the residual stream smaller by
         sqrt(2L), as 2L of them add up. Each tensor (each expert) draws from a seed of its own, made of the run's seed and its
-        name, so that every parallel layout starts from the same weights."""
-        for name, p in self.named_parameters():
+        name, so that every parallel layout starts from the same weights; a rank draws no more than one matrix it does not keep."""
+        for name, p in [*self.named_parameters(), *self.named_buffers()]:
             std = self.config.initializer_range
             if name.endswith(("attention.dense.weight", "mlp.down", "experts.down")):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             if name.endswith("norm.weight"):
-                p.fill_(1.0)
+                local(p).fill_(1.0)
             elif name.endswith("bias"):
-                p.zero_()
+                local(p).zero_()
             else:
-                for i, matrix in enumerate(p if p.dim() == 3 else [p]):
-                    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{i}".encode()))
-                    matrix.copy_(torch.empty(matrix.shape, dtype=torch.float32, device="cpu").normal_(0, std, generator=generator))
+                for e, matrix, part in local_matrices(p):
+                    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{e or 0}".encode()))
+                    matrix.copy_(torch.empty(p.shape[-2:], dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)[part])
 
     def moe_blocks(self):
         """The blocks that route, in the order of the rows of Output.load."""
         return [block for block in [*self.layers, *self.mtp] if isinstance(block.mlp, MoE)]
 
-    def forward(self, tokens, targets=None, cache=None, *, counts=None, warmup=None, logits_to_keep=0):
+    def forward(self, tokens, targets=None, cache=None, *, counts=None, warmup=None, shares=None, logits_to_keep=0):
         """tokens (B,S) int64, targets (B,S) int64 already shifted by one, negative = ignored -> Output.
 
         There is no attention mask: pad on the right, where causal attention never looks, and ignore the padding's targets.
         cache: a KVCache that tokens continue. counts: count_targets() of the whole step, if this batch is only a part of it.
-        warmup: a Warmup, or None. logits_to_keep: only the last so many positions' logits (0: all)."""
+        warmup: a Warmup, or None. shares (MoE layers, E): f of the balance losses, if not this batch's.
+        logits_to_keep: only the last so many positions' logits (0: all)."""
         (B, S), c = tokens.shape, self.config
         require(S > 0, "tokens (B,S) must have at least one position")
         require(targets is None or targets.shape == tokens.shape, "targets must have the shape of tokens, (B,S)")
         cos_sin = self.rope(0 if cache is None else cache.length, S, tokens.device)
         counted = None if targets is None else (targets >= 0).flatten()                      # (T,)
-        x, routings = self.word_embeddings(tokens), []
+        shares = iter(() if shares is None else shares)
+        share_of = lambda block: next(shares, None) if isinstance(block.mlp, MoE) else None
+        (x,), routings = autocast(self.word_embeddings(tokens)), []                          # the residual stream has the activations' dtype
         for block in self.layers:
-            x, routing = block(x, cos_sin, counted, cache, warmup)                           # (B,S,D)
+            x, routing = block(x, cos_sin, counted, cache, warmup, share_of(block))          # (B,S,D)
             routings.append((routing, 0))
         x = self.norm(x)
         if cache is not None:
@@ -596,7 +664,7 @@ class Ling(nn.Module):
             for m, block in enumerate(self.mtp, start=1):
                 # Past the end of the window token and target are unknown: unscored, never wrapped to another row.
                 embedding, further = self.word_embeddings(shift(tokens, m, 0)), shift(targets, m, -1)
-                h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), warmup)
+                h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), warmup, share_of(block))
                 losses.append(head(h, further) / counts[m])
                 routings.append((routing, m))
             parts["mtp"] = torch.stack(losses).mean()                                        # [DSv3 eq. 25]
@@ -630,58 +698,83 @@ class Ling(nn.Module):
 
         dtype None keeps what is stored (a run: fp32). expert_bias stays fp32: in bf16 its updates of 1e-3 would vanish.
         Raises BadInput when a tensor is missing, unexpected, or of the wrong shape or dtype, or a file is damaged."""
-        path = Path(path)
         with torch.device("meta"):
             model = cls(read_config(path))
-        if (checkpoint := find_checkpoint(path)) is not None:
-            load_checkpoint(checkpoint, {"model": model.to_empty(device=device or "cpu").state_dict()})
-            model.tie()
-            for p in model.parameters():
-                p.data = p.data.to(dtype)
-            return model
-        tensors, table = read_safetensors(path), list(released_table(model))
-        check_table(path, model, tensors, table)
-        stored = {}                                                                          # our tensor -> widest dtype of its pieces
-        for name, own, _ in table:
-            kept = torch.float32 if own.endswith("expert_bias") else dtype or tensors[name].dtype
-            stored[own] = torch.promote_types(stored.get(own, kept), kept)
-        for own, kept in stored.items():
+        source, widest = open_weights(path), {}                                              # our tensor -> widest dtype of its pieces
+        for names, own, _ in released_table(model):
+            stored = [source[name].dtype for name in names if name in source] if isinstance(source, dict) else []
+            for kept in stored or [torch.float32]:
+                kept = torch.float32 if own.endswith("expert_bias") else dtype or kept
+                widest[own] = torch.promote_types(widest.get(own, kept), kept)
+        for own, kept in widest.items():
             module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
-            new = torch.zeros(getattr(module, leaf).shape, dtype=kept, device=device)
+            new = torch.empty(getattr(module, leaf).shape, dtype=kept, device=device)
             setattr(module, leaf, new if leaf == "expert_bias" else nn.Parameter(new))
         model.tie()
-        for name, own, index in table:
-            if name in tensors:
-                model.own_tensor(own)[index].copy_(tensors.pop(name))
+        model.load_pretrained(path, source)
         return model
+
+    @torch.no_grad()
+    def load_pretrained(self, path, source=None):
+        """Fill the weights from a folder of from_pretrained's kinds, whatever their dtype, device and layout: of a sharded model, each
+        rank reads what it holds. source: open_weights(path), if it is at hand. Raises BadInput as from_pretrained does."""
+        tensors, table = source or open_weights(path), list(released_table(self))
+        if not isinstance(tensors, dict):
+            return load_checkpoint(tensors, {"model": self.state_dict()})
+        check_table(path, self, tensors, table)
+        for own, rows in itertools.groupby(table, key=lambda row: row[1]):
+            rows = {e: names for names, _, e in rows}
+            for e, matrix, part in local_matrices(self.own_tensor(own)):
+                if pieces := [tensors[name] for name in rows[e] if name in tensors]:         # gate over up, or one matrix
+                    matrix.copy_((torch.cat(pieces) if len(pieces) > 1 else pieces[0])[part])
+                else:
+                    matrix.zero_()                                                           # an expert_bias that is off
 
     def own_tensor(self, name):
         module, _, leaf = name.rpartition(".")
         return getattr(self.get_submodule(module), leaf)
 
     @torch.no_grad()
-    def save_pretrained(self, path, max_shard_bytes=10 << 30):
-        """Write config.json and model.safetensors (or shards and an index), under the released names."""
+    def save_pretrained(self, path, max_shard_bytes=10 << 30, dtype=None):
+        """Write config.json and model.safetensors (or shards and an index), under the released names.
+
+        Of a sharded model every rank calls this; the ranks write the shards in turn, and none holds more than one matrix it does
+        not keep. dtype None: that of the weights; expert_bias is always fp32."""
         path = Path(path)
         require(not any(path.glob("step_*")), f"{path} is a run of train.py, which would go on loading its checkpoints; save elsewhere")
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: self.own_tensor(own)[index] for name, own, index in released_table(self)}
-        dtype = str(self.word_embeddings.weight.dtype).removeprefix("torch.")
-        write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
-        shards, room = [{}], max_shard_bytes
-        for name, tensor in tensors.items():
-            if shards[-1] and tensor.nbytes > room:
-                shards, room = [*shards, {}], max_shard_bytes
-            shards[-1][name], room = tensor, room - tensor.nbytes
+        kind = lambda own: self.own_tensor(own).dtype if dtype is None or own.endswith("expert_bias") else dtype
+        shards, room = [[]], max_shard_bytes                                                 # each a list of (name, own, e, i of n, shape)
+        for names, own, e in released_table(self):
+            for i, name in enumerate(names):
+                shape = list(self.own_tensor(own).shape[-2:] if e is not None else self.own_tensor(own).shape)
+                shape[0] //= len(names)
+                size = math.prod(shape) * kind(own).itemsize
+                if shards[-1] and size > room:
+                    shards, room = [*shards, []], max_shard_bytes
+                shards[-1].append((name, own, e, i, len(names), shape))
+                room -= size
         files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file, shard in zip(files, shards):
-            write_safetensors(path / file, shard)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for i, (file, shard) in enumerate(zip(files, shards)):
+            layout = {name: (kind(own), shape) for name, own, _, _, _, shape in shard}
+            data = (whole_matrix(self.own_tensor(own), e).chunk(n)[j].to(kind(own)) for _, own, e, j, n, _ in shard)
+            if rank == i % ranks:
+                write_safetensors(path / file, layout, data)
+            else:
+                collections.deque(data, maxlen=0)                                            # take part in gathering, keep nothing
+        if dist.is_initialized():
+            dist.barrier()
+        if rank:
+            return
+        main = str(kind("word_embeddings.weight")).removeprefix("torch.")
+        write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": main})
         for old in {*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")} - {path / file for file in files}:
             old.unlink()                                                                     # of an earlier save, cut differently
         if len(shards) > 1:
+            total = sum(math.prod(shape) * kind(own).itemsize for shard in shards for _, own, _, _, _, shape in shard)
             write_json(path / "model.safetensors.index.json", {
-                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-                "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}})
+                "metadata": {"total_size": total}, "weight_map": {entry[0]: file for file, shard in zip(files, shards) for entry in shard}})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -717,30 +810,27 @@ def flops_per_token(config, seq_len):
 #    reader that knows a dozen classes.
 
 def released_table(model):
-    """Yields (released name, our name, index into our tensor): all that differs between the released files and this model."""
+    """Yields (released names, our name, expert): all that differs between the released files and this model. The matrices of two
+    names lie one over the other in ours; an expert's is row `expert` of a stack (None: not a stack)."""
     c = model.config
-    for own, _ in [*model.named_parameters(), *model.named_buffers()]:
+    for own, p in [*model.named_parameters(), *model.named_buffers()]:
         released = own if own.startswith("lm_head") else "model." + own
         if own.startswith("mtp."):
             _, depth, rest = own.split(".", 2)
             released = f"model.layers.{c.num_hidden_layers + int(depth)}.{rest}"
         stem, _, leaf = released.rpartition(".")
-        if leaf not in ("gate_up", "down"):
-            yield released, own, ...
-            continue
-        width = model.own_tensor(own).shape[-2 if leaf == "gate_up" else -1] // (2 if leaf == "gate_up" else 1)
-        parts = [("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))] if leaf == "gate_up" else [("down_proj", ...)]
-        for part, rows in parts:
-            if stem.endswith(".experts"):
-                yield from ((f"{stem}.{e}.{part}.weight", own, (e, rows)) for e in range(c.num_experts))
-            else:
-                yield f"{stem}.{part}.weight", own, rows
+        parts = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}.get(leaf)
+        if parts is None:
+            yield [released], own, None
+        else:
+            for e in range(c.num_experts) if p.dim() == 3 else [None]:
+                yield [f"{stem}.{part}.weight" if e is None else f"{stem}.{e}.{part}.weight" for part in parts], own, e
 
 
 def check_table(path, model, tensors, table):
     """Names and shapes agree, or BadInput. Tolerated: MTP blocks the model does not want, rotary tables of old releases, a stored
     copy of a tied lm_head, and an absent expert_bias (zero) where the config says it is off."""
-    c, expected = model.config, {name for name, *_ in table}
+    c, expected = model.config, {name for names, *_ in table for name in names}
     optional = {name for name in expected if name.endswith("expert_bias") and not c.moe_router_enable_expert_bias}
     is_extra = lambda name: (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and c.tie_word_embeddings) or
                              (name.startswith("model.layers.") and name.split(".")[2].isdigit() and not c.num_nextn_predict_layers
@@ -750,12 +840,35 @@ def check_table(path, model, tensors, table):
     for kind, names in (("has no tensor", missing), ("has an unexpected tensor", surplus)):
         require(not names, f"{path} {kind} {names[0] if names else ''}" + f" and {len(names) - 1} more" * (len(names) > 1) +
                 "; config.json and the weights must come from the same model")
-    for name, own, index in table:
-        if (tensor := tensors.get(name)) is not None:
-            want = model.own_tensor(own)[index].shape
-            require(tensor.shape == want, f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(want)}")
-            require(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16),
-                    f"{path}: {name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 weights can be read")
+    for names, own, e in table:
+        first, *rest = model.own_tensor(own).shape[0 if e is None else 1:]
+        for name in names:
+            if (tensor := tensors.get(name)) is not None:
+                want = [first // len(names), *rest]
+                require(list(tensor.shape) == want, f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {want}")
+                require(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16),
+                        f"{path}: {name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 weights can be read")
+
+
+def whole_matrix(p, e):
+    """A tensor, or matrix e of a stack (None: it is no stack), on the CPU. A DTensor's is put together from what the ranks hold:
+    all of them must ask for it."""
+    if not hasattr(p, "placements"):
+        return (p if e is None else p[e]).detach().cpu()
+    held, mesh = local(p), p.device_mesh.mesh
+    whole, done = torch.empty(p.shape if e is None else p.shape[1:], dtype=p.dtype, device=held.device), []
+    for coordinate in np.ndindex(*mesh.shape):
+        part = part_of(p, coordinate)
+        if part in done or not all(part) or (e is not None and e not in part[0]):
+            continue                                                                         # a replica, empty, or without this expert
+        done.append(part)
+        target = whole[slices(part if e is None else part[1:])]
+        piece = torch.empty_like(target, memory_format=torch.contiguous_format)
+        if dist.get_rank() == mesh[coordinate]:
+            piece.copy_(held if e is None else held[e - part[0].start])
+        dist.broadcast(piece, int(mesh[coordinate]))
+        target.copy_(piece)
+    return whole.cpu()
 
 
 def write_beside(path, write):
@@ -796,6 +909,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
           "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def open_weights(folder):
+    """The newest intact checkpoint of a run, as a path; of a release, {name: tensor}. Raises BadInput where there is neither."""
+    return find_checkpoint(folder) or read_safetensors(folder)
 
 
 def read_safetensors(folder):
@@ -856,37 +974,40 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
-def write_safetensors(path, tensors):
-    """{name: tensor} -> one file, through a temporary beside it. One tensor at a time is copied, never the model."""
+def write_safetensors(path, layout, tensors):
+    """layout {name: (dtype, shape)}, and an iterable of these tensors in that order, on the CPU -> one file, through a temporary
+    beside it. One tensor at a time is in memory, never the model."""
     header, position = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
-        position += tensor.nbytes
+    for name, (dtype, shape) in layout.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)                                                            # data aligned to 8 bytes
 
     def write(f):
         f.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor in tensors.values():
-            f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for tensor in tensors:
+            f.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     write_beside(path, write)
 
 
-def find_checkpoint(run):
-    """The newest intact checkpoint of a run folder, or None. A damaged one is named in a warning and passed over."""
+def find_checkpoint(run, share=slice(None), agree=lambda damage: damage):
+    """The newest intact checkpoint of a run folder, or None. A damaged one is named in a warning and passed over.
+    Several processes may each check a share of the files, and agree on what they found."""
     for folder in sorted(Path(run).glob("step_*"), reverse=True):
-        if damage := checkpoint_damage(folder):
+        if damage := agree(checkpoint_damage(folder, share)):
             warnings.warn(f"checkpoint {folder} is damaged ({damage}); trying the one before it", stacklevel=2)
         else:
             return folder
     return None
 
 
-def checkpoint_damage(folder):
+def checkpoint_damage(folder, share=slice(None)):
     """What is wrong with a checkpoint, in words, or None: every file against the size and CRC-32 of its manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, (size, crc) in manifest.items():
+        for name, (size, crc) in sorted(manifest.items())[share]:
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"

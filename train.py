@@ -8,14 +8,21 @@
     python train.py --data "src/**/*.py" notes.txt --tokenizer bpe4096 --out runs/mine
     python train.py --data fineweb_*.bin --tokenizer gpt2 --preset small --batch_tokens 524288
     python train.py --init PATH/Ling-mini-base-2.0 --data corpus/ --lr 3e-5 --out runs/tuned
+    torchrun --nproc-per-node 8 --max-restarts 9 train.py --preset ling-mini-2.0 --data corpus/ --tokenizer PATH/tokenizer.json
+    torchrun --nproc-per-node 8 train.py --out runs/ling-mini-2.0 --export my-ling      # its weights, in the released format
 
 Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; a run that continues takes its own.
 
 runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), the tokenizer, data/ (the corpus as
-token ids) and checkpoints step_00001234/ with `latest` naming the newest. Ctrl-C or SIGTERM finishes the step and saves.
+token ids) and checkpoints step_00001234/ with `latest` naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
+Many processes do what one does: the same samples, the same sums, the same checkpoints, which any number of processes continues.
 """
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import faulthandler
+import functools
 import glob
 import hashlib
 import heapq
@@ -26,22 +33,30 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from ling import (PRESETS, BadInput, Ling, LingConfig, Warmup, check_metadata, count_params, count_targets, file_crc, find_checkpoint, flops_per_token,
-                  load_checkpoint, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
+from ling import (PRESETS, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, count_params, count_targets, file_crc, find_checkpoint,
+                  flops_per_token, load_checkpoint, local, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
 from sample import PATTERN, Parser, Tokenizer, load_tokenizer, pick_device, run_cli, spellings, text_of, tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,11 +91,23 @@ class TrainConfig:
     save_every: int = option(200, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "checkpoints to keep")
     device: str = option("", "default: the accelerator if there is one, else cpu")
+    balance: str = option("global", "f of the balance loss: global, the load of the whole step before; micro, of each micro-batch by itself",
+                          choices=("global", "micro"))
+    # many processes
+    replicate: int = option(0, "copies of the dense weights: all ranks (DDP) .. 1 (FSDP), between them HSDP; 0: by memory")
+    ep: int = option(0, "ranks that share out the routed experts and send each other tokens; 1: none; 0: by what moves fewer bytes")
+    recompute: str = option("none", "activations computed again in the backward pass", choices=("none", "moe", "block"))
+    compile: bool = option(False, "torch.compile each block")
+    timeout: int = option(600, "seconds without progress after which a hang is named and ended")
+    export: str = option("", "write the newest checkpoint of the run to this folder in the released format, and stop")
 
     def __post_init__(self):
         self.data = list(self.data)
+        for f in dataclasses.fields(self):
+            require(getattr(self, f.name) in f.metadata.get("choices", [getattr(self, f.name)]),
+                    f"--{f.name} {getattr(self, f.name)!r} is none of {', '.join(f.metadata.get('choices', ()))}")
         for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0, eval_every=0,
-                                save_every=0, keep=1, seed=0).items():
+                                save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1).items():
             require(least <= getattr(self, name) < 1 << 40, f"--{name} {getattr(self, name)} must be at least {least} and below 2^40")
         for name in ("lr", "weight_decay", "clip"):
             require(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
@@ -95,7 +122,8 @@ class TrainConfig:
 
 
 TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_steps", "expert_bias_update_rate", "mtp_loss_scaling_factor"}
-MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh"}    # on resuming
+MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate", "ep", "recompute",
+              "compile", "timeout", "export"}                    # on resuming
 
 
 def parse_args(argv):
@@ -158,7 +186,129 @@ def resolve(given_train, given_model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Data: files -> tokens, and the order in which a run sees them
+# 2. Processes. The environment is read here and nowhere else.
+
+class Team:
+    """The processes of a run, and what they tell each other outside the model. One process is a team of one, without a group."""
+
+    def __init__(self, device):
+        """Raises BadInput where the device is not there."""
+        variable = lambda name, default: int(os.environ.get(name, default))
+        self.rank, self.size, self.local_rank = variable("RANK", 0), variable("WORLD_SIZE", 1), variable("LOCAL_RANK", 0)
+        self.local_size, self.parent, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), os.getppid(), 0, pick_device(device)
+        if self.size > 1 and self.device.type != "cpu":
+            count = torch.accelerator.device_count()
+            require(self.local_rank < count, f"--nproc-per-node {self.local_size}: this machine has {count} devices; start at most {count} processes")
+            self.device = torch.device(self.device.type, self.local_rank)
+            torch.accelerator.set_device_index(self.local_rank)
+
+    def connect(self, timeout):
+        """Join the others; from here on only rank 0 speaks."""
+        if self.size == 1:
+            return
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")
+            warnings.simplefilter("ignore")
+        patience = datetime.timedelta(seconds=timeout + 60)                                  # Watch comes first, and says more
+        self.store = self.open_store(patience)
+        backend = "gloo" if self.device.type == "cpu" else f"cpu:gloo,{self.device.type}:{dist.get_default_backend_for_device(self.device)}"
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=patience)
+
+    def open_store(self, patience):
+        """Where the ranks find each other. torchrun's own store outlives a restart, and in it restarted ranks find the addresses of
+        dead ones, and hang (pytorch#135712): so rank 0 opens a store for this attempt alone, and leaves its address there."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return dist.TCPStore(host, port, self.size, self.rank == 0, timeout=patience)
+        agent, deadline = dist.TCPStore(host, port, timeout=patience), time.monotonic() + patience.total_seconds()
+        if self.rank == 0:
+            with socket.create_connection((host, port)) as way:                              # the address by which others reach this machine
+                mine = way.getsockname()[0]
+            store = dist.TCPStore(mine, 0, is_master=True, wait_for_workers=False, timeout=patience)
+            agent.set("ling", f"{mine} {store.port}")
+            return store
+        while True:
+            host, port = agent.get("ling").decode().split()
+            try:
+                store = dist.TCPStore(host, int(port), timeout=datetime.timedelta(seconds=2))
+                store.set_timeout(patience)
+                return store
+            except dist.DistError:                                                           # of a rank 0 that is dead: the new one is not up yet
+                require(time.monotonic() < deadline, f"rank {self.rank} finds no rank 0 at {host}:{port}; is a firewall between the nodes?")
+
+    def first(self, work):
+        """Rank 0 does it, all get the result, which must be JSON. A BadInput ends all, and only rank 0 says so."""
+        if self.size == 1:
+            return work()
+        key, self.told = f"told/{self.told}", self.told + 1
+        if self.rank == 0:
+            try:
+                result = work()
+            except BadInput:
+                self.store.set(key, "")
+                raise
+            self.store.set(key, json.dumps([result]))
+            return result
+        self.store.wait([key], datetime.timedelta(days=7))                                   # preparing a large corpus takes its time
+        answer = self.store.get(key)
+        return json.loads(answer)[0] if answer else sys.exit(2)
+
+    def sum(self, tensor):
+        """In place, over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value, group=None):
+        """Every rank's value, in a list on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=group)
+        return values
+
+    def close(self):
+        """After success only: in failure a rank would wait here for one that is gone."""
+        if self.size > 1:
+            dist.barrier()                                                                   # rank 0 holds the store: it leaves last
+            dist.destroy_process_group()
+
+
+class Watch:
+    """Knows where every rank is. When this one has made no progress for `timeout` seconds, says which ranks hold it up and where,
+    and ends the process, so that torchrun can start again: a collective would wait for ever."""
+
+    def __init__(self, team, timeout):
+        self.team, self.timeout, self.count, self.place, self.since = team, timeout, 0, "start", time.monotonic()
+        if team.size > 1:
+            self.store = dist.TCPStore(team.store.host, team.store.port, timeout=datetime.timedelta(seconds=10))   # a connection of its own
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def at(self, step, phase):
+        """Called by all ranks in the same order, so that the least count is the furthest behind."""
+        self.count, self.place, self.since = self.count + 1, f"step {step}, {phase}", time.monotonic()
+
+    def watch(self):
+        while True:
+            time.sleep(0.5)
+            with contextlib.suppress(dist.DistError):
+                self.store.set(f"at/{self.team.rank}", f"{self.count} {self.place}")
+            if time.monotonic() - self.since > self.timeout:
+                break
+        time.sleep(2)                                                                        # for the others to have said where they are
+        try:
+            places = [self.store.get(f"at/{rank}").decode().split(" ", 1) for rank in range(self.team.size)]
+            least = min(int(count) for count, _ in places)
+            behind = [f"rank {rank} at {place}" for rank, (count, place) in enumerate(places) if int(count) == least]
+        except dist.DistError:
+            behind = ["rank 0, which does not answer"]
+        print(f"train.py: error: hang: rank {self.team.rank} waits at {self.place} since {time.monotonic() - self.since:.0f} s (--timeout "
+              f"{self.timeout}); behind: {'; '.join(behind)}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Data: files -> tokens, and the order in which a run sees them
 
 HELD_OUT = 50               # one file in so many is held out, by a checksum of its name, so that the choice never moves
 
@@ -386,22 +536,153 @@ class Data:
         start = (i - (int(self.ends[part - 1]) if part else 0)) * self.S
         return self.train[part][start:start + self.S + 1]
 
-    def batch(self, first, count, device):
-        """Samples first .. first + count - 1 -> tokens, targets (count,S) int64."""
-        rows = torch.from_numpy(np.stack([self.window(k) for k in range(first, first + count)]).astype(np.int64)).to(device)
-        return rows[:, :-1], rows[:, 1:]
+    def batch(self, first, count, device, rows=0):
+        """Samples first .. first + count - 1, then ignored ones up to `rows` -> tokens, targets (max(count, rows),S) int64."""
+        return self.stack([self.window(k) for k in range(first, first + count)] + [[]] * (rows - count), device)
 
-    def held_out(self, rows, device):
-        """All held-out tokens once, in batches of `rows` windows; past the end, targets are -1."""
-        for part in self.val:
-            padded = np.full(-(-(len(part) - 1) // self.S) * self.S + 1, -1, dtype=np.int64)
-            padded[:len(part)] = part
-            tokens, targets = (torch.from_numpy(padded[o:len(padded) - 1 + o]).view(-1, self.S).to(device) for o in (0, 1))
-            yield from zip(tokens.clamp(min=0).split(rows), targets.split(rows))
+    def stack(self, windows, device):
+        """Windows of at most S + 1 tokens -> tokens, targets (len(windows),S); past the end of a window, targets are -1: ignored."""
+        rows = np.full((len(windows), self.S + 1), -1, dtype=np.int64)
+        for row, window in zip(rows, windows):
+            row[:len(window)] = window
+        rows = torch.from_numpy(rows).to(device)
+        return rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+    def held_out(self, rows, device, rank=0, ranks=1):
+        """All held-out tokens once, in batches of `rows` windows, each rank every so many; all ranks get as many batches."""
+        windows = [part[start:start + self.S + 1] for part in self.val for start in range(0, len(part) - 1, self.S)]
+        for first in range(0, len(windows), rows * ranks):
+            mine = windows[first + rank * rows:first + (rank + 1) * rows]
+            yield self.stack(mine + [[]] * (min(rows, len(windows) - first) - len(mine)), device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Optimizer and schedules: both pure functions of the step
+# 4. Layout: who holds what
+
+def choose_layout(train, config, team):
+    """-> train with replicate and ep filled in, and why. Raises BadInput when what was asked for does not divide up."""
+    world, E, reasons = team.size, config.num_experts, []
+    require(train.replicate == 0 or world % train.replicate == 0, f"--replicate {train.replicate} does not divide the {world} ranks; choose a divisor")
+    require(train.ep == 0 or world % train.ep == 0 and E % train.ep == 0,
+            f"--ep {train.ep} must divide the {world} ranks and num_experts={E}; try {math.gcd(world, E)}")
+    moe = config.num_hidden_layers > config.first_k_dense_replace or config.num_nextn_predict_layers > 0
+    require(train.ep <= 1 or moe, f"--ep {train.ep}: this model has no routed experts; drop the flag")
+    replicate, ep, room = train.replicate, train.ep, memory_of(team) / 2
+    if not replicate:
+        needs = {r: sum(memory_per_rank(config, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
+                 for r in (world, world // team.local_size, 1)}
+        replicate = next((r for r in needs if needs[r] <= room), 1)
+        reasons.append(f"--replicate {replicate}: training state of {needs[replicate] / 1e9:.2f} GB a rank, where half of memory is {room / 1e9:.0f} GB")
+    if not ep:
+        # Gathering a layer's experts twice and reducing their gradients, 2 + 2 + 4 bytes each; against four trips of k rows a token.
+        gather = 8 * 3 * E * config.hidden_size * config.moe_intermediate_size
+        send = 4 * 2 * config.num_experts_per_tok * config.hidden_size * (train.micro_batch_tokens // train.seq_len) * train.seq_len
+        ep = math.gcd(team.local_size, E) if moe and replicate < world and send < gather else 1
+        reasons.append(f"--ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
+                       f"a layer sends {send / 1e6:.0f} MB of tokens, or gathers {gather / 1e6:.0f} MB of experts"))
+    return dataclasses.replace(train, replicate=replicate, ep=ep), "; ".join(reasons)
+
+
+def memory_of(team):
+    """Bytes that this process may use."""
+    if team.device.type == "cuda":
+        return torch.cuda.get_device_properties(team.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / team.local_size if hasattr(os, "sysconf") else 16e9
+
+
+def memory_per_rank(config, world, replicate, ep, tokens=0, recompute="none", bytes_each=2):
+    """Bytes a rank needs by component, for a micro-batch of `tokens`. Weights, gradients and both moments are fp32 and exact; what is
+    in flight (two gathered blocks, and embedding and head) and the activations, in bytes_each, are counted from shapes."""
+    c, counts = config, count_params(config)
+    layers = c.num_hidden_layers + c.num_nextn_predict_layers
+    moe = layers - c.first_k_dense_replace
+    expert_layer = 3 * c.num_experts * c.hidden_size * c.moe_intermediate_size
+    dense = counts["total"] + counts["mtp"] - moe * expert_layer
+    head = (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
+    held = dense * replicate / world + moe * expert_layer / (world if ep > 1 else world / replicate)
+    block = (dense - head) / layers + (expert_layer / ep if moe else 0)
+    q, kv, width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.moe_intermediate_size
+    inside = 2 * c.hidden_size + 3 * (q + 2 * kv) + (2 * c.num_experts_per_tok + 3 * c.num_shared_experts) * width + 4 * c.num_experts
+    attend = 2 * c.hidden_size + 3 * (q + 2 * kv)
+    kept = {"none": 2 * c.hidden_size + inside, "moe": 2 * c.hidden_size + attend, "block": c.hidden_size}[recompute]     # a token, a layer
+    return {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held, "in flight": 2 * bytes_each * (2 * block + head) * (world > 1),
+            "activations": bytes_each * tokens * (layers * kept + (inside if recompute != "none" else 0)),
+            "host copy for saving": 12 * held}
+
+
+def prepare_blocks(model, train):
+    """Recomputation and compilation, block by block."""
+    blocks = [*model.layers, *model.mtp]
+    for module in {"none": [], "moe": [block.mlp for block in model.moe_blocks()], "block": blocks}[train.recompute]:
+        module.forward = functools.partial(recomputed, module.forward, use_reentrant=False, preserve_rng_state=False)    # nothing is random
+    for block in blocks if train.compile else []:
+        block.compile()
+
+
+def parallelize(model, train, device="cpu"):
+    """Lay a model over all ranks, in place: two meshes over the same ranks, (replicate, shard) for the dense parameters and (edp, ep)
+    for the routed experts where --ep cuts them. DDP, FSDP, HSDP and expert parallelism are shapes of these meshes, not code paths.
+
+    The loss is a sum over a rank's tokens divided by the count of all ranks' (section 9), so every gradient is a plain sum: the factor
+    that FSDP divides by is 1 everywhere, and no mesh has a scale of its own. (With FSDP's averages, experts come out ep times too large.)"""
+    world = dist.get_world_size()
+    dense = init_device_mesh(device, (train.replicate, world // train.replicate), mesh_dim_names=("replicate", "shard"))
+    sparse = init_device_mesh(device, (world // train.ep, train.ep), mesh_dim_names=("edp", "ep"))
+    # On an accelerator weights travel and work in bf16, gradients are summed in fp32. On a CPU all is fp32, as without ranks.
+    low = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device != "cpu" else {}
+
+    def shard(module, mesh, policy=low):
+        pieces = mesh.size(mesh.ndim - 1)
+
+        def placement(p):
+            """Rows, unless there are more ranks than experts: then columns, so that every rank holds something."""
+            narrow = p.dim() == 3 and local(p).shape[0] < pieces and p.shape[1] % pieces == 0
+            return Shard(1 if narrow else 0)
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False), shard_placement_fn=placement,
+                    reshard_after_forward=None if pieces > 1 else False)                     # None: all but the root, whose head comes first in backward
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+
+    blocks, units = [*model.layers, *model.mtp], []
+    for block in blocks:
+        units.append([block])
+        if isinstance(block.mlp, MoE) and train.ep > 1:
+            experts = block.mlp.experts
+            for name, p in [*experts.named_parameters()]:
+                setattr(experts, name, torch.nn.Parameter(distribute_tensor(p.detach(), sparse["ep"], [Shard(0)], src_data_rank=None)))
+            experts.group = sparse["ep"].get_group()
+            shard(experts, sparse["edp"])
+            units[-1].append(experts)
+        if isinstance(block.mlp, MoE) and low:
+            shard(block.mlp.gate, dense, {})                                                 # the router's weight stays fp32 on its way
+        shard(block, dense)
+    shard(model, dense)
+    for (this, *_), following in pairwise(units):                # the host waits for --ep's counts: gather the next block before that
+        this.set_modules_to_forward_prefetch(following)
+
+
+def hold_gradients(model, train, last):
+    """With several micro-batches: whole gradients (DDP) stay where they are until the last one; sharded ones are reduced each time, as
+    there is no room for them, but summed over replicas only once."""
+    if train.replicate == dist.get_world_size():
+        model.set_requires_gradient_sync(last)
+    else:
+        model.set_requires_all_reduce(last)
+
+
+def grad_norm(model, team):
+    """L2 norm of the whole gradient, 0-d: the squares of what each rank holds over how many ranks hold the same, and one sum."""
+    held = {}
+    for p in model.parameters():
+        if p.grad is not None:
+            copies = math.prod(p.device_mesh.size(i) for i, placement in enumerate(getattr(p, "placements", ())) if placement.is_replicate())
+            held.setdefault(copies, []).append(local(p.grad))
+    squares = [torch.nn.utils.get_total_norm(grads).square() / copies for copies, grads in held.items()]
+    return team.sum(torch.stack(squares).sum()).sqrt()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Optimizer and schedules: both pure functions of the step
 
 def make_optimizer(model, train):
     """AdamW with decay on matrices, embeddings and head included as in Megatron, which Ling is trained with. Vectors (norms,
@@ -440,9 +721,9 @@ def sequence_seed(seed, step, k):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Checkpoints: written beside, made durable, renamed, then pointed to
+# 6. Checkpoints: staged in memory, written beside in the background, made durable, renamed, then pointed to
 
-def training_state(model, optimizer):
+def training_state(model, optimizer, load):
     """Everything a step changes, as a nested dict of tensors and nothing else, so that nothing needs pickling."""
     names = {p: name for name, p in model.named_parameters()}
     state = {}
@@ -452,39 +733,86 @@ def training_state(model, optimizer):
                 optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults["fused"] else "cpu"),
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state[names[p]] = optimizer.state[p]
-    return {"model": model.state_dict(), "optimizer": state}
+    return {"model": model.state_dict(), "optimizer": state, "load": load}
 
 
-def save_checkpoint(run, step, model, optimizer, keep):
-    """Raises BadInput when it cannot be written; what was there before stays."""
-    final, temporary = run / f"step_{step:08d}", run / f"tmp_{step:08d}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")                        # one process needs no process group
-            dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
-        check_metadata(temporary)                                                            # readable again, also on another torch
-        write_json(temporary / "state.json", {"step": step, "torch": torch.__version__})
-        files = sorted(p.name for p in temporary.iterdir())
-        write_json(temporary / "manifest.json", {name: [(temporary / name).stat().st_size, file_crc(temporary / name)] for name in files})
-        sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)                                             # there only if it was found damaged
-        temporary.rename(final)
-        sync_folder(run)
-        write_beside(run / "latest", lambda f: f.write(final.name.encode()))
-        sync_folder(run)
-    except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        causes = error.failures.values() if isinstance(error, dcp.api.CheckpointException) else [error]
-        reason = "; ".join(dict.fromkeys(str(getattr(c, "__cause__", None) or (c[0] if isinstance(c, tuple) else c)) for c in causes))
-        free = shutil.disk_usage(run).free
-        raise BadInput(f"cannot save a checkpoint of step {step} in {run} ({reason}; {free / 1e6:.0f} MB free); earlier ones are intact: "
-                       "make room and run the same command to continue") from None
-    steps = sorted(run.glob("step_*"))
-    later = steps.index(final) + 1                               # a later one was found damaged, or training would not be here
-    for old in [*steps[:max(0, later - keep)], *steps[later:]]:
-        shutil.rmtree(old)
+class Saver:
+    """Writes checkpoints while training goes on. A save that fails leaves what was there before, and is tried again at the next one."""
+
+    def __init__(self, run, state, team, keep):
+        self.run, self.state, self.team, self.keep, self.staged, self.thread, self.error, self.saved = run, state, team, keep, None, None, None, None
+        self.group = dist.new_group(backend="gloo") if team.size > 1 else None               # the thread's: training's would mix up messages
+
+    def save(self, step):
+        """Copy the state (what training waits for), then write it in the background."""
+        self.wait()
+        copy = lambda tree: {key: copy(t) if isinstance(t, dict) else torch.empty_like(t, device="cpu") for key, t in tree.items()}
+        self.staged = self.staged or copy(self.state)                                        # once: fresh memory is slow to touch
+
+        def fill(tree, staged):
+            for key, t in tree.items():
+                fill(t, staged[key]) if isinstance(t, dict) else local(staged[key]).copy_(local(t))
+        fill(self.state, self.staged)
+        self.thread = threading.Thread(target=self.write, args=(step,))
+        self.thread.start()
+
+    def wait(self):
+        """Until the last save is done -> its number of steps, or None if it failed, which is said."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+            if self.error:
+                warnings.warn(f"{self.error}; training goes on, and the next save tries again", stacklevel=2)
+        return self.saved
+
+    def finish(self, step):
+        """The last save of a run, which must succeed. Raises BadInput."""
+        if self.wait() != step:
+            self.save(step)
+            self.thread.join()
+            require(not self.error, f"{self.error}: make room and run the same command to continue")
+
+    def write(self, step):
+        final, temporary = self.run / f"step_{step:08d}", self.run / f"tmp_{step:08d}"
+        failure, sums = None, {}
+        try:
+            if self.team.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is")                    # one process needs no process group
+                dcp.save(self.staged, checkpoint_id=temporary, process_group=self.group)
+            if self.team.rank == 0:
+                check_metadata(temporary)                                                    # readable again, also on another torch
+                write_json(temporary / "state.json", {"step": step, "torch": torch.__version__})
+            mine = [*temporary.glob(f"__{self.team.rank}_*"), *(temporary / name for name in (".metadata", "state.json") if self.team.rank == 0)]
+            sums = {path.name: [path.stat().st_size, file_crc(path)] for path in mine}       # each rank reads what it wrote
+        except (OSError, dcp.api.CheckpointException, RuntimeError, BadInput) as error:
+            causes = error.failures.values() if isinstance(error, dcp.api.CheckpointException) else [error]
+            failure = "; ".join(dict.fromkeys(str(getattr(c, "__cause__", None) or (c[0] if isinstance(c, tuple) else c)) for c in causes))
+        told = self.team.gather((failure, sums), self.group)
+        failure = next((failure for failure, _ in told if failure), None)
+        if self.team.rank == 0 and not failure:
+            try:
+                write_json(temporary / "manifest.json", {name: entry for _, sums in told for name, entry in sums.items()})
+                sync_folder(temporary)
+                shutil.rmtree(final, ignore_errors=True)                                     # there only if it was found damaged
+                temporary.rename(final)
+                sync_folder(self.run)
+                write_beside(self.run / "latest", lambda f: f.write(final.name.encode()))
+                sync_folder(self.run)
+                steps = sorted(self.run.glob("step_*"))
+                later = steps.index(final) + 1                   # a later one was found damaged, or training would not be here
+                for old in [*steps[:max(0, later - self.keep)], *steps[later:]]:
+                    shutil.rmtree(old)
+            except OSError as error:
+                failure = str(error)
+        failure = self.team.gather(failure, self.group)[0]
+        if failure and self.team.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.error = failure and (f"cannot save a checkpoint of step {step} in {self.run} ({failure}; {shutil.disk_usage(self.run).free / 1e6:.0f} MB "
+                                  "free); earlier ones are intact")
+        self.saved = None if failure else step
 
 
 def sync_folder(path):
@@ -496,16 +824,16 @@ def sync_folder(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Evaluation and display
+# 7. Evaluation and display
 
 @torch.no_grad()
-def evaluate(model, data, token_bytes, rows):
+def evaluate(model, data, token_bytes, rows, team):
     """Over all held-out tokens: mean cross entropy in nats per token, and bits per byte of text, which compares tokenizers."""
-    nats, tokens, size, device = 0.0, 0, 0, next(model.parameters()).device
-    for x, y in data.held_out(rows, device):
+    sums = torch.zeros(3, dtype=torch.float64)                                               # nats, tokens, bytes
+    for x, y in data.held_out(rows, team.device, team.rank, team.size):
         n = int((y >= 0).sum())
-        nats += float(model(x, y).parts["ce"]) * n
-        tokens, size = tokens + n, size + int(token_bytes[y[y >= 0]].sum())
+        sums += torch.tensor([float(model(x, y).parts["ce"]) * n, n, int(token_bytes[y[y >= 0]].sum())])
+    nats, tokens, size = team.sum(sums).tolist()
     return {"val_ce": nats / tokens, "val_bpb": nats / math.log(2) / max(1, size)}
 
 
@@ -545,20 +873,32 @@ class Status:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. The run
+# 8. The run
 
-def train_run(run, train, config, tokenizer, arrays, resumed):
-    device = pick_device(train.device)
+def build(train, config, team, resumed):
+    """The model on its device and in its layout, with its first weights, or none yet if the run is resumed."""
+    with torch.device("meta"):                                   # nothing exists whole, then each rank makes its part
+        model = Ling(config)
+    prepare_blocks(model, train)
+    if team.size > 1:
+        parallelize(model, train, team.device.type)
+    model.to_empty(device=team.device)
+    model.tie()
+    if resumed is None:
+        model.load_pretrained(train.init) if train.init else model.init_weights(train.seed)
+    return model
+
+
+def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
+    device = team.device
     data, first_sample = Data(arrays, train), batch_schedule(train)
     token_bytes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=device)
-    model = Ling(config, seed=train.seed)
-    if train.init and not resumed:
-        model.load_state_dict(Ling.from_pretrained(train.init, dtype=torch.float32).state_dict())
-    model = model.to(device)
+    model = build(train, config, team, resumed)
     optimizer = make_optimizer(model, train)
-    step = 0
+    load = torch.zeros(len(model.moe_blocks()), config.num_experts, dtype=torch.int64, device=device)     # of the last step
+    state, step = training_state(model, optimizer, load), 0
     if resumed is not None:
-        load_checkpoint(resumed, training_state(model, optimizer))
+        load_checkpoint(resumed, state)
         step = read_json(resumed / "state.json")["step"]
     params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), peak_flops(device)
     rows = train.micro_batch_tokens // train.seq_len
@@ -566,54 +906,77 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
     tokens_total = int(first_sample[-1]) * train.seq_len
     print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; {flops / 1e6:.1f} MFLOP per token\n"
-        f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out; "
-        f"vocabulary {tokenizer.size}\n"
-        f"run: {run}, {train.steps} steps of {train.batch_tokens} tokens ({tokens_total / 1e6:.2f}M), on {device}, "
-        f"torch {torch.__version__}" + (f", continuing at step {step}" if step else ""))
-    stop = []
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    for number in signals:                                                                   # a second one ends it at once
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    metrics, status = open(run / "metrics.jsonl", "ab", buffering=0), Status()
-    log = lambda record: metrics.write(json.dumps(record).encode() + b"\n")                  # a line at once, or not at all
-    seconds_mean, saved = None, step if resumed else None
-    while step < train.steps and not stop:
-        start = time.perf_counter()
+          f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out; "
+          f"vocabulary {tokenizer.size}\n" + (f"layout: {team.size} ranks; {layout}\n" if team.size > 1 else "") +
+          f"run: {run}, {train.steps} steps of {train.batch_tokens} tokens ({tokens_total / 1e6:.2f}M), on {device}, "
+          f"torch {torch.__version__}" + (f", continuing at step {step}" if step else ""), flush=True)
+    stop = {}                                                                                # signal -> when it came
 
-        # 1. learning rate and batch size
+    def on_signal(number, frame):
+        if stop and time.monotonic() - min(stop.values()) > 3:                               # again, by someone out of patience; torchrun
+            os._exit(128 + number)                                                           # repeats a Ctrl-C at once, meaning nothing by it
+        stop.setdefault(number, time.monotonic())
+    signals = {number: signal.signal(number, on_signal) for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"))
+               if number is not None}
+    metrics, status = open(run / "metrics.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0), Status()
+    log = lambda record: metrics.write(json.dumps(record).encode() + b"\n")                  # a line at once, or not at all
+    saver, watch = Saver(run, state, team, train.keep), Watch(team, train.timeout)
+    saver.saved, seconds_mean, stopping = step if resumed else None, None, False
+    while step < train.steps and not stopping:
+        start = time.perf_counter()
+        watch.at(step + 1, "data")
+
+        # 1. learning rate and batch size; this rank's sequences, an equal number on each, at the end filled up with ignored ones
         lr = lr_at(step, train)
         for group in optimizer.param_groups:
             group["lr"] = lr
         alpha = min(1.0, step / config.router_warmup_steps) if config.router_warmup_steps else 1.0
-        first, last = int(first_sample[step]), int(first_sample[step + 1])
+        samples = range(int(first_sample[step]), int(first_sample[step + 1]))
+        each = -(-len(samples) // team.size)
+        mine = samples[team.rank * each:(team.rank + 1) * each]
+        tokens, targets = data.batch(mine.start, len(mine), device, each)
 
         # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
-        tokens, targets = data.batch(first, last - first, device)
-        counts, parts, load = count_targets(config, targets), Counter(), 0
-        for i in range(0, last - first, rows):
-            warmup = None if alpha == 1 else Warmup(alpha, [sequence_seed(train.seed, step, first + j) for j in range(i, min(i + rows, last - first))])
+        counts, parts = team.sum(count_targets(config, targets)), Counter()
+        # A share of the whole batch is only known after it; the step before's differs little, needs no messages, and is the same for
+        # every split into ranks and micro-batches. Before the first step: even, a loss without a gradient.
+        shares = None if train.balance == "micro" else (load + (step == 0)) / (load + (step == 0)).sum(1, keepdim=True).clamp(min=1)
+        load_now = torch.zeros_like(load)
+        for i in range(0, each, rows):
+            if team.size > 1:
+                hold_gradients(model, train, last=i + rows >= each)
+            seeds = [sequence_seed(train.seed, step, mine.start + j) for j in range(i, min(i + rows, each))]
+            watch.at(step + 1, "forward")
             with autocast():
-                out = model(tokens[i:i + rows], targets[i:i + rows], counts=counts, warmup=warmup)
+                out = model(tokens[i:i + rows], targets[i:i + rows], counts=counts, shares=shares, warmup=None if alpha == 1 else Warmup(alpha, seeds))
+            watch.at(step + 1, "backward")
             out.loss.backward()
             for name, value in {"loss": out.loss, **out.parts}.items():
                 parts[name] += value.detach()
-            load = load + out.load
+            load_now += out.load
 
-        # 3. loss, load and gradient norm of the whole step
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        parts = {name: float(value) for name, value in parts.items()}
+        # 3. loss, load and gradient norm of the whole step, and whether anyone was asked to stop
+        watch.at(step + 1, "reduce")
+        orphaned = os.getppid() != team.parent                                               # torchrun is gone: no one would restart us
+        sums = team.sum(torch.stack([*parts.values(), torch.tensor(float(bool(stop) or orphaned), device=device)]))
+        load.copy_(team.sum(load_now))
+        norm = grad_norm(model, team)
+        *values, asked = sums.tolist()                                                       # SYNC
+        parts, stopping, norm = dict(zip(parts, values)), asked > 0, float(norm)
         uneven = load.amax(1) / load.float().mean(1).clamp(min=1e-9) if len(load) else torch.ones(1)   # (MoE layers,)
         imbalance = float(uneven.max())
 
         # 4. a step that is not finite never reaches the weights
-        if not math.isfinite(parts["loss"]) or not math.isfinite(norm):                      # SYNC
+        if not math.isfinite(parts["loss"]) or not math.isfinite(norm):
+            saver.wait()
             raise BadInput(f"step {step + 1}: loss {parts['loss']}, gradient norm {norm}; the last checkpoint is intact: lower --lr from {train.lr} "
                            "and start over with --fresh")
 
         # 5. clip and step
-        if norm > train.clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), train.clip, norm)
+        watch.at(step + 1, "optimizer")
+        for p in model.parameters():
+            if p.grad is not None and norm > train.clip:
+                local(p.grad).mul_(train.clip / norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -624,9 +987,9 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
         # 7. log
         seconds = time.perf_counter() - start
         seconds_mean = seconds if seconds_mean is None else 0.95 * seconds_mean + 0.05 * seconds
-        n = tokens.numel()
-        log({"step": step, "tokens": last * train.seq_len, **parts, "lr": lr, "grad_norm": float(norm), "tokens_per_s": n / seconds,
-             "mfu": n / seconds * flops / peak if peak else None, "imbalance": imbalance, "skipped": 0})
+        n = len(samples) * train.seq_len
+        log({"step": step, "tokens": samples.stop * train.seq_len, **parts, "lr": lr, "grad_norm": norm, "tokens_per_s": n / seconds,
+             "mfu": n / seconds * flops / (peak * team.size) if peak else None, "imbalance": imbalance, "skipped": 0})
         eta = (train.steps - step) * seconds_mean
         status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  {n / seconds_mean:,.0f} tok/s  "
                       f"left {int(eta) // 60}:{int(eta) % 60:02d}" +
@@ -634,32 +997,35 @@ def train_run(run, train, config, tokenizer, arrays, resumed):
 
         # 8. evaluate, checkpoint
         if step == train.steps or train.eval_every and step % train.eval_every == 0:
+            watch.at(step, "evaluation")
             with autocast():
-                score = evaluate(model, data, token_bytes, rows)
+                score = evaluate(model, data, token_bytes, rows, team)
             log({"step": step, **score})
             status.note(f"step {step}  held-out: {score['val_ce']:.4f} nats per token, {score['val_bpb']:.4f} bits per byte")
-        if step == train.steps or train.save_every and step % train.save_every == 0:
-            save_checkpoint(run, step, model, optimizer, train.keep)
-            saved = step
+        if step < train.steps and train.save_every and step % train.save_every == 0:
+            watch.at(step, "checkpoint")
+            saver.save(step)
 
+    watch.at(step, "last checkpoint")
+    saver.finish(step)
     metrics.close()
-    for number in signals:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    if step < train.steps:                                                                   # stopped by a signal
-        if saved != step:
-            save_checkpoint(run, step, model, optimizer, train.keep)
-        status.note(f"{signal.Signals(stop[0]).name}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    if step < train.steps:
+        why = ", ".join(signal.Signals(number).name for number in stop) or "another rank was stopped"
+        status.note(f"{why}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
         return 0
-    prompt = "" if train.data else "def __init__(self"
-    text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.7, min_p=0.05, stop_ids=(tokenizer.end,))
-    print(f"\nsample, after {prompt!r}:\n{prompt}{text}\n")
+    if team.size == 1:                                           # a sharded model would gather all its weights for every token
+        prompt = "" if train.data else "def __init__(self"
+        text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.7, min_p=0.05, stop_ids=(tokenizer.end,))
+        print(f"\nsample, after {prompt!r}:\n{prompt}{text}\n")
     finished(run, step)
     return 0
 
 
 def finished(run, step):
     print(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
-        f"next: python sample.py {run} --prompt class   (train on: python train.py --out {run} --steps N)")
+          f"next: python sample.py {run} --prompt class   (train on: python train.py --out {run} --steps N)")
 
 
 def trim_metrics(run, step):
@@ -674,42 +1040,60 @@ def trim_metrics(run, step):
     write_beside(path, lambda f: f.write(b"".join(line + b"\n" for line in kept)))
 
 
-def main(argv=None):
-    warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
-    require(os.environ.get("WORLD_SIZE", "1") == "1", f"WORLD_SIZE={os.environ.get('WORLD_SIZE')}: this version trains in one process; "
-            "start it with python train.py")
-    given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
-    run, train, config, continues = resolve(given_train, given_model)
-    pick_device(train.device)                                                                # there, or an error before any work
+def start_run(run, train, config, given_model, continues):
+    """What one process does for all before a run starts or goes on: read and check the data, write the run's folder."""
     if continues:
-        checkpoint = find_checkpoint(run)
-        require(checkpoint or not any(run.glob("step_*")), f"no checkpoint in {run} is intact; start over with --fresh")
-        step = read_json(checkpoint / "state.json")["step"] if checkpoint else 0
-        if step >= train.steps:
-            finished(run, step)
-            return 0
-        tokenizer, arrays = load_tokenizer(str(run)), read_data(run, train, config)
         write_json(run / "train.json", {**read_json(run / "train.json"), **dataclasses.asdict(train)})      # --steps may have changed
         for leftover in run.glob("tmp_*"):
             shutil.rmtree(leftover)
-        trim_metrics(run, step)
+        return
+    tokenizer, config, arrays, shards = prepare(train, config, given_model)
+    size = 12 * sum(count_params(config)[kind] for kind in ("total", "mtp"))                 # fp32 weights and two moments
+    room = shutil.disk_usage(next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())).free
+    require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more than the {room / 1e9:.2f} GB free; "
+            "make room, lower --keep, or choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    for leftover in [*run.glob("tokenizer.*"), *(run / "data").glob("*")]:                   # of a start that was killed
+        leftover.unlink()
+    if tokenizer.file:
+        write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
+    if not shards:
+        write_data(run, arrays)
+    write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__, "train_tokens": sum(map(len, arrays["train"]))})
+    write_json(run / "config.json", config.to_dict())                                        # last: its presence makes this a run
+
+
+def main(argv=None):
+    warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
+    given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
+    run, train, config, continues = resolve(given_train, given_model)
+    team, layout = Team(train.device), ""
+    if team.size > 1:
+        train, layout = choose_layout(train, config, team)                                   # raises before anything is connected
+    team.connect(train.timeout)
+    run = Path(team.first(lambda: str(run)))                                                 # of --fresh there may be two minds
+    resumed, step = None, 0
+    if continues:
+        share = slice(team.rank, None, team.size)                                            # each rank checks some of the files
+        resumed = find_checkpoint(run, share, lambda damage: next(filter(None, team.gather(damage)), None))
+        require(resumed or not any(run.glob("step_*")), f"no checkpoint in {run} is intact; start over with --fresh")
+        step = read_json(resumed / "state.json")["step"] if resumed else 0
+    require(resumed or not train.export, f"--export {train.export}: {run} has no checkpoint yet; train first")
+    if train.export:
+        model = build(train, config, team, resumed)
+        model.load_pretrained(run, resumed)
+        model.save_pretrained(train.export)
+        if (tokenizer := load_tokenizer(str(run))).file and team.rank == 0:
+            write_beside(Path(train.export) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
+        print(f"exported step {step} of {run} to {train.export}")
+    elif step >= train.steps:
+        finished(run, step)
     else:
-        checkpoint = None
-        tokenizer, config, arrays, shards = prepare(train, config, given_model)
-        size = 12 * sum(count_params(config)[kind] for kind in ("total", "mtp"))             # fp32 weights and two moments
-        room = shutil.disk_usage(next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())).free
-        require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more than the {room / 1e9:.2f} GB free; "
-                "make room, lower --keep, or choose another --out")
-        run.mkdir(parents=True, exist_ok=True)
-        for leftover in [*run.glob("tokenizer.*"), *(run / "data").glob("*")]:               # of a start that was killed
-            leftover.unlink()
-        if tokenizer.file:
-            write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
-        if not shards:
-            write_data(run, arrays)
-        write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__, "train_tokens": sum(map(len, arrays["train"]))})
-        write_json(run / "config.json", config.to_dict())                                    # last: its presence makes this a run
-    return train_run(run, train, config, tokenizer, arrays, checkpoint)
+        team.first(lambda: start_run(run, train, config, given_model, continues) or trim_metrics(run, step))
+        config = read_config(run)
+        train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout)
+    team.close()
+    return 0
 
 
 if __name__ == "__main__":
