@@ -776,9 +776,6 @@ class Saver:
         final, temporary = self.run / f"step_{step:08d}", self.run / f"tmp_{step:08d}"
         failure, sums = None, {}
         try:
-            if self.team.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is")                    # one process needs no process group
                 dcp.save(self.staged, checkpoint_id=temporary, process_group=self.group)
