@@ -1177,6 +1177,51 @@ def test_any_number_of_processes_continues(folder, monkeypatch):
     assert ling.read_json("exported/config.json") == ling.read_json("exported-alone/config.json")
 
 
+def torchrun(folder, *flags, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts), str(HERE / "train.py")]
+    return subprocess.Popen([*command, *TEAM, *LING2_FLAGS, *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def workers(process, run, steps):
+    """The workers' process ids, once the run has logged so many steps."""
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's workers through /proc")
+def test_torchrun_recovers_from_a_kill_and_stops_when_told(folder):
+    """A restart that hangs on the addresses of dead ranks; steps lost or done twice; a signal to one rank that the others wait for."""
+    run, flags = folder / "runs/two", ["--steps", "3000", "--decay", "0", "--save_every", "5"]
+    process = torchrun(folder, *flags, "--out", str(run), "--ep", "2", restarts=1)
+    os.kill(workers(process, run, 12)[0], signal.SIGKILL)
+    os.kill(workers(process, run, 18)[1], signal.SIGUSR1)        # of the second start, which cut the log back to its checkpoint
+    out, _ = process.communicate()
+    assert process.returncode == 0 and "continuing at step" in out and "saved step" in out, out
+    found = losses(run)
+    assert cli(train, *TEAM, *LING2_FLAGS, *flags, "--steps", str(len(found)), "--out", "runs/alone")[0] == 0
+    want = losses(folder / "runs/alone")
+    assert found.keys() == want.keys() and all(math.isclose(found[step], want[step], rel_tol=1e-5) for step in want)
+    assert (run / "latest").read_text() == f"step_{len(found):08d}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's workers through /proc")
+def test_a_hang_is_named(folder):
+    """Ranks that wait for ever for one that no longer answers, and no word of which."""
+    process = torchrun(folder, "--steps", "3000", "--timeout", "2", "--out", "runs/hang")
+    stuck = workers(process, folder / "runs/hang", 3)[1]
+    os.kill(stuck, signal.SIGSTOP)
+    out = ""
+    while "behind: rank 1 at step" not in out:
+        assert (line := process.stdout.readline()), out
+        out += line
+    os.kill(stuck, signal.SIGKILL)                               # torchrun would give it 30 seconds
+    process.communicate()
+    assert process.returncode != 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # python test_ling.py: the speed of the whole model beside its peers, for the README. Never a test: machines differ.
 

@@ -229,12 +229,11 @@ class Team:
             return store
         while True:
             host, port = agent.get("ling").decode().split()
-            try:
-                store = dist.TCPStore(host, int(port), timeout=datetime.timedelta(seconds=2))
-                store.set_timeout(patience)
-                return store
-            except dist.DistError:                                                           # of a rank 0 that is dead: the new one is not up yet
-                require(time.monotonic() < deadline, f"rank {self.rank} finds no rank 0 at {host}:{port}; is a firewall between the nodes?")
+            with contextlib.suppress(OSError):                                               # of a rank 0 that is dead: the new one is not up yet
+                socket.create_connection((host, int(port)), 5).close()
+                return dist.TCPStore(host, int(port), timeout=patience)
+            require(time.monotonic() < deadline, f"rank {self.rank} finds no rank 0 at {host}:{port}; is a firewall between the nodes?")
+            time.sleep(0.1)
 
     def first(self, work):
         """Rank 0 does it, all get the result, which must be JSON. A BadInput ends all, and only rank 0 says so."""
