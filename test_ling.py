@@ -208,6 +208,19 @@ def test_experts_at_the_edges(T, k, choice, train):
             assert worst(kernels.experts(*args), kernels.experts.reference(*args)) < 2e-5
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_experts_without_a_token(train):
+    """A rank of expert parallelism that no token is sent to: an error, or gradients that never come."""
+    args = [torch.zeros(0, 16), torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64), torch.randn(4, 16, 16), torch.randn(4, 16, 8)]
+    args = [t.requires_grad_(train and t.is_floating_point()) for t in args]
+    with torch.set_grad_enabled(train):
+        y = kernels.experts(*args)
+    assert y.shape == (0, 16)
+    if train:
+        y.sum().backward()
+        assert all(t.grad is not None and not t.grad.any() for t in args if t.is_floating_point())
+
+
 @pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (24,), (1, 1030)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_row_through_a_linear_map(shape, bias):
@@ -1069,6 +1082,9 @@ LING1_FLAGS = "--preset toy-lite --router_warmup_steps 6 --tie_word_embeddings".
 LING2_FLAGS = "--first_k_dense_replace 1 --num_nextn_predict_layers 1 --mtp_loss_scaling_factor 0.1 --n_group 4 --topk_group 2".split()
 
 
+COLLAPSED = "--num_experts 4 --num_experts_per_tok 1 --initializer_range 0.0".split()          # all tokens choose expert 0: three ranks get none
+
+
 def ignore_some(monkeypatch):
     """Targets that are not scored, a different number on every rank."""
     stack = train.Data.stack
@@ -1124,6 +1140,7 @@ LAYOUTS = {                                                      # flags of the 
     "ep2-replicate2-accumulate": ("--replicate 2 --ep 2 --micro_batch_tokens 16", LING2_FLAGS),
     "ep4-block": ("--replicate 1 --ep 4 --recompute block", LING2_FLAGS),
     "ep4-ddp-accumulate-moe": ("--replicate 4 --ep 4 --micro_batch_tokens 16 --recompute moe", LING2_FLAGS),
+    "ep4-collapsed": ("--replicate 1 --ep 4", COLLAPSED),
     "more-ranks-than-experts": ("--replicate 1 --ep 1", [*LING2_FLAGS, *"--num_experts 2 --n_group 1 --topk_group 1".split()]),
     "averaged": ("--replicate 2 --ep 2 --average", LING2_FLAGS),
 }
