@@ -152,6 +152,7 @@ def cdiv(a, b):
 # linear: y = x W^T + b, in x's dtype. A matmul is torch's business, but for one row on a CPU: generation reads every weight for
 # every token, and matrix-vector products (MKL's, on an AMD EPYC) read them at a third of the speed of memory. While W fits the
 # cache, a product over all of it and a sum take less time: 0.5 to 0.7 of it up to a million weights, more beyond.
+# Time it over more matrices than the cache holds (one thread): 256 x 256 takes 31 us as a matvec and 20 so; again from L2, 5 and 10.
 
 @op
 def linear(x, weight, bias=None):
