@@ -59,8 +59,8 @@ def op(reference):
                                    "LING_KERNELS=auto would run its definition")
         return reference(*args)
 
-    def fused(when):
-        return lambda twin: twins.append((when, twin)) or twin
+    def fused(when):                                            # a twin is a function, or an autograd.Function
+        return lambda twin: twins.append((when, getattr(twin, "apply", twin))) or twin
 
     call.reference, call.fused, call.twins = reference, fused, twins
     OPS[reference.__name__] = call
@@ -203,9 +203,6 @@ def rstd_of(x, eps):
 
 @rms_norm.fused(when=lambda x, weight, eps: trains(x) and weight.dtype == x.dtype)
 class _RMSNorm(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         rstd = rstd_of(x, eps)
@@ -268,9 +265,6 @@ def _rope(x, cos, sin, r, weight, eps):
 
 @rope.fused(when=lambda x, *_: trains(x))
 class _Rope(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, x, cos, sin, r, weight, eps):
         cos, sin = (t.to(x.dtype).unsqueeze(1).expand(-1, *x.shape[2:]) for t in (cos, sin))  # (S,N,d)
@@ -330,9 +324,6 @@ def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, str
 @rope.fused(when=lambda x, *_: on_gpu(x))
 class _RopeGPU(torch.autograd.Function):
     """One pass each way; saves x alone, as the backward finds the norm again."""
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def launch(kernel, tensors, x, cos, r, weight, eps):
         (B, S, N, d), BT = x.shape, 4 if INTERPRETED else 32
@@ -415,9 +406,6 @@ swiglu.fused(when=infers)(swiglu.reference)
 
 @swiglu.fused(when=trains)
 class _SwiGLU(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
@@ -460,9 +448,6 @@ def swiglu_backward_kernel(dy, gate_up, dx, N, F, BLOCK: tl.constexpr):
 
 @swiglu.fused(when=on_gpu)
 class _SwiGLUGPU(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, gate_up):
         gate_up = gate_up.contiguous()
@@ -580,9 +565,6 @@ def route_backward_kernel(dweights, dscores, chosen, scores, dlogits, T, scale, 
 @route.fused(when=on_gpu)
 class _RouteGPU(torch.autograd.Function):
     """One pass each way instead of about fifteen launches. The backward is the closed form, from scores and choice."""
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, logits, expert_bias, k, n_group, topk_group, score_function, norm_topk_prob, scale):
         (T, E), logits = logits.shape, logits.contiguous()
@@ -619,9 +601,9 @@ def _(scale=1, dtype=torch.float32):
 # a whole training step 3 % slower. Gain: 1.1x to 1.4x; 62 to 79 % of the bare matmuls' speed.
 
 @op
-def experts(x, weights, chosen, gate_up, down):
-    """x (T,D), weights and chosen (T,k), gate_up (E,2F,D), down (E,D,F) -> (T,D)."""
-    y = torch.zeros_like(x, dtype=weights.dtype)
+def experts(x, weights, chosen, gate_up, down, shared=None):
+    """x (T,D), weights and chosen (T,k), gate_up (E,2F,D), down (E,D,F), shared (T,D): what the shared experts add, or None -> (T,D)."""
+    y = torch.zeros_like(x, dtype=weights.dtype) if shared is None else shared.to(weights.dtype)
     for e in range(gate_up.shape[0]):
         token, slot = torch.where(chosen == e)                                               # SYNC on a GPU
         h = F.linear(swiglu.reference(F.linear(x[token], gate_up[e])), down[e])
@@ -629,15 +611,15 @@ def experts(x, weights, chosen, gate_up, down):
     return y.to(x.dtype)
 
 
-@experts.fused(when=lambda x, weights, chosen, gate_up, down: len(x) == 1 and infers(x) and down.dtype == x.dtype)
-def _experts_one_token(x, weights, chosen, gate_up, down):
+@experts.fused(when=lambda x, weights, chosen, gate_up, down, shared=None: len(x) == 1 and infers(x) and down.dtype == x.dtype)
+def _experts_one_token(x, weights, chosen, gate_up, down, shared=None):
     """Generation, batch 1: k matrix-vector products each way, which read the chosen experts' weights and nothing else."""
     chosen = chosen[0].tolist()
     h = swiglu(torch.stack([matvec(gate_up[e], x[0]) for e in chosen])).mul_(weights.T)                            # (k,F)
-    return sum(matvec(down[e], h_) for e, h_ in zip(chosen, h.unbind())).unsqueeze(0)
+    return sum((matvec(down[e], h_) for e, h_ in zip(chosen, h.unbind())), 0 if shared is None else shared[0]).unsqueeze(0)
 
 
-def by_grouped_mm(x, weights, chosen, gate_up, down):
+def by_grouped_mm(x, weights, chosen, gate_up, down, shared=None):
     """In generation, where the loop's call overhead would dominate, and on accelerators without Triton."""
     generates = x.device.type == "cpu" and chosen.numel() <= 512 and not torch.is_grad_enabled()
     elsewhere = x.device.type != "cpu" and not on_gpu(x)
@@ -671,13 +653,14 @@ _experts_in_graph.register_autograd(_experts_graph_gradient, setup_context=lambd
 
 
 @experts.fused(when=lambda *_: torch.compiler.is_compiling())
-def _experts_compiled(x, weights, chosen, gate_up, down):
+def _experts_compiled(x, weights, chosen, gate_up, down, shared=None):
     x, gate_up, down = autocast(x, gate_up, down)
-    return _experts_in_graph(x, weights, chosen, gate_up, down)
+    y = _experts_in_graph(x, weights, chosen, gate_up, down)
+    return y if shared is None else y + shared
 
 
 @experts.fused(when=by_grouped_mm)
-def _experts_grouped_mm(x, weights, chosen, gate_up, down):
+def _experts_grouped_mm(x, weights, chosen, gate_up, down, shared=None):
     """torch's own grouped matmul, which reads the active experts only."""
     dtype, (T, k) = x.dtype, chosen.shape
     x, gate_up, down = autocast(x, gate_up, down)
@@ -686,28 +669,26 @@ def _experts_grouped_mm(x, weights, chosen, gate_up, down):
     h = F.grouped_mm(x.index_select(0, order // k), gate_up.transpose(1, 2), offs=ends)
     h = swiglu.reference(h) * weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
     y = F.grouped_mm(h, down.transpose(1, 2), offs=ends)
-    return torch.zeros_like(y).index_copy(0, order, y).view(T, k, -1).sum(1).to(dtype)
+    y = torch.zeros_like(y).index_copy(0, order, y).view(T, k, -1).sum(1).to(dtype)
+    return y if shared is None else y + shared
 
 
 @experts.fused(when=lambda x, *_: on_cpu(x))
 class _Experts(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
-    def forward(ctx, x, weights, chosen, gate_up, down):
+    def forward(ctx, x, weights, chosen, gate_up, down, shared=None):
         flat = chosen.flatten()                                                              # (T*k,)
         order = torch.from_numpy(flat.to(torch.int16).numpy().argsort(kind="stable"))        # a radix sort: a tenth of torch's time
         counts, token = torch.bincount(flat, minlength=len(down)).tolist(), order // chosen.shape[1]
         w = weights.to(x.dtype).flatten().index_select(0, order).unsqueeze(-1)               # (T*k,1)
-        pre, y = x.new_empty(len(order), gate_up.shape[1]), torch.zeros_like(x)
+        pre, y = x.new_empty(len(order), gate_up.shape[1]), torch.zeros_like(x) if shared is None else shared.to(x.dtype, copy=True)
         for t, w_, pre_, gate_up_, down_ in zip(                                             # one expert: t (n,), pre_ (n,2F)
                 *(rows.split(counts) for rows in (token, w, pre)), gate_up.mT.unbind(), down.mT.unbind()):
             torch.mm(x.index_select(0, t), gate_up_, out=pre_)
             gate, up = pre_.chunk(2, dim=1)
             y.index_add_(0, t, torch.mm(F.silu(gate).mul_(up).mul_(w_), down_))              # weight F columns, not D
         ctx.save_for_backward(x, w, order, pre, gate_up, down)
-        ctx.counts, ctx.k, ctx.dtype = counts, chosen.shape[1], weights.dtype
+        ctx.counts, ctx.k, ctx.dtype, ctx.shared = counts, chosen.shape[1], weights.dtype, shared is not None
         return y
 
     @staticmethod
@@ -727,7 +708,7 @@ class _Experts(torch.autograd.Function):
             torch.mm(dpre.T, torch.index_select(x, 0, t, out=dye), out=dgate_up_)
             dx.index_add_(0, t, torch.mm(dpre, gate_up_, out=dye))
         dw = torch.empty_like(dw).index_copy_(0, order, dw).view(-1, ctx.k).to(ctx.dtype)
-        return dx, dw, None, dgate_up, ddown
+        return dx, dw, None, dgate_up, ddown, dy if ctx.shared else None
 
 
 # On a GPU: a counting sort, then four grouped matmuls with the gathers in their prologues and SwiGLU, its gradient and the routing
@@ -743,7 +724,7 @@ def count_kernel(keys, counts, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.c
 
 
 @jit
-def place_kernel(keys, ends, order, place, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
+def place_kernel(keys, ends, order, place, offsets, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
     block, e = tl.program_id(0), tl.arange(0, EP)
     r = block * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(keys + r, mask=r < R, other=EP).to(tl.int32)
@@ -753,6 +734,7 @@ def place_kernel(keys, ends, order, place, R, E: tl.constexpr, EP: tl.constexpr,
     to = tl.sum(hit * (start[None, :] + tl.cumsum(hit, 0) - 1), 1)
     tl.store(order + to, r, mask=r < R)
     tl.store(place + r, to, mask=r < R)
+    tl.store(offsets + e + 1, end, mask=(e < E) & (block == tl.num_programs(0) - 1))
 
 
 def plan(chosen, E, BLOCK=64):
@@ -760,13 +742,11 @@ def plan(chosen, E, BLOCK=64):
     int32, where each expert's rows begin. No sync."""
     R, EP = chosen.numel(), pow2(E)
     blocks = cdiv(R, BLOCK)
-    counts = torch.empty(E, blocks, dtype=torch.int32, device=chosen.device)
+    counts, offsets = chosen.new_empty(E, blocks, dtype=torch.int32), chosen.new_zeros(E + 1, dtype=torch.int32)
     order, place = chosen.new_empty(2, R, dtype=torch.int32)
     launch(count_kernel, (blocks,), chosen, counts, R, E=E, EP=EP, BLOCK=BLOCK)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
-    launch(place_kernel, (blocks,), chosen, ends, order, place, R, E=E, EP=EP, BLOCK=BLOCK)
-    offsets = torch.zeros(E + 1, dtype=torch.int32, device=chosen.device)
-    offsets[1:] = ends.view(E, blocks)[:, -1]
+    launch(place_kernel, (blocks,), chosen, ends, order, place, offsets, R, E=E, EP=EP, BLOCK=BLOCK)
     return order, place, offsets
 
 
@@ -878,9 +858,9 @@ def down_backward_kernel(dy, order, weights, w, h, dh, wz, dweights, offsets, D,
 
 
 @jit
-def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
-                       EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """dw[e] (P,Q) = sum over the rows of expert e of a[row]^T b[row]; a gathered side is read by token. No rows: zeros."""
+def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A: tl.constexpr, EVEN: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """dw[e] (P,Q) = sum over the rows of expert e of a[row]^T b[row], one of the two read by token. No rows: zeros."""
     expert, blocks = tl.program_id(1).to(tl.int64), tl.cdiv(Q, BN)
     p = (tl.program_id(0) // blocks) * BM + tl.arange(0, BM)
     q = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
@@ -889,7 +869,7 @@ def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A
     for i in range(start, end, BK):
         row = i + tl.arange(0, BK)
         token = (tl.load(order + row, mask=row < end, other=0) // k).to(tl.int64)
-        a_row, b_row = token if GATHER_A else row.to(tl.int64), token if GATHER_B else row.to(tl.int64)
+        a_row, b_row = token if GATHER_A else row.to(tl.int64), row.to(tl.int64) if GATHER_A else token
         ok = (row < end)[:, None]
         acc = tl.dot(tl.trans(tl.load(a + a_row[:, None] * P + p[None, :], mask=ok & ((p < P) | EVEN)[None, :], other=0.0)),
                      tl.load(b + b_row[:, None] * Q + q[None, :], mask=ok & ((q < Q) | EVEN)[None, :], other=0.0), acc, input_precision="ieee")
@@ -898,24 +878,22 @@ def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A
 
 
 @jit
-def combine_kernel(y, place, out, D, k: tl.constexpr, BD: tl.constexpr):
-    """out[t] = sum_j y[place[t,j]]: k rows gathered and added in fp32. Forward for the outputs, backward for dx."""
+def combine_kernel(y, place, shared, out, D, k: tl.constexpr, BD: tl.constexpr):
+    """out[t] = shared[t] + sum_j y[place[t,j]], in fp32. Forward for the outputs, backward for dx."""
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     acc = tl.zeros((BD,), tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + t * D + d, mask=d < D, other=0.0).to(tl.float32)
     for j in tl.static_range(k):
         acc += tl.load(y + tl.load(place + t * k + j).to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out + t * D + d, acc, mask=d < D)
 
 
-def experts_gpu(x, weights, chosen, gate_up, down):
-    """-> y (T,D), and what the backward needs."""
-    (T, D), (E, _, width), k = x.shape, down.shape, chosen.shape[1]
-    order, place, offsets = plan(chosen, E)
-    h, z, y, out = x.new_empty(T * k, 2 * width), x.new_empty(T * k, width), x.new_empty(T * k, D), torch.empty_like(x)
-    grouped("up", up_kernel, width, D, (x, order, weights, gate_up, h, z, offsets, D, width), T * k, E, k=k)
-    grouped("matmul", matmul_kernel, D, width, (z, down, y, offsets, width, D, width, 1), T * k, E)
-    launch(combine_kernel, (T, cdiv(D, min(512, pow2(D)))), y, place, out, D, k=k, BD=min(512, pow2(D)))
-    return out, (order, place, offsets, h)
+def combine(y, place, k, shared=None):
+    T, D, BD = len(y) // k, y.shape[1], min(512, pow2(y.shape[1]))
+    out = y.new_empty(T, D)
+    launch(combine_kernel, (T, cdiv(D, BD)), y, place, shared, out, D, k=k, BD=BD)
+    return out
 
 
 def grouped(name, kernel, columns, depth, args, rows, E, **constants):
@@ -940,9 +918,11 @@ def up_decode_kernel(x, weights, chosen, w, z, D, F, k: tl.constexpr, BN: tl.con
 
 
 @jit
-def down_decode_kernel(z, chosen, w, y, D, F, k: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def down_decode_kernel(z, chosen, w, shared, y, D, F, k: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """BN columns of one token's output: its k experts one after the other, summed in registers."""
     t, n, acc = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN), tl.zeros((BN,), tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + t * D + n, mask=n < D, other=0.0).to(tl.float32)
     for j in tl.static_range(k):
         rows = w + tl.load(chosen + t * k + j) * D * F + n[:, None] * F
         for i in range(0, F, BK):
@@ -952,47 +932,48 @@ def down_decode_kernel(z, chosen, w, y, D, F, k: tl.constexpr, BN: tl.constexpr,
     tl.store(y + t * D + n, acc, mask=n < D)
 
 
-@experts.fused(when=lambda x, weights, chosen, gate_up, down: on_gpu(x) and chosen.numel() <= 64 and not torch.is_grad_enabled())
-def _experts_decode_gpu(x, weights, chosen, gate_up, down):
+@experts.fused(when=lambda x, weights, chosen, *_: on_gpu(x) and chosen.numel() <= 64 and not torch.is_grad_enabled())
+def _experts_decode_gpu(x, weights, chosen, gate_up, down, shared=None):
     """Generation: two launches of static shape, which a CUDA graph can hold, that read the chosen experts' weights once per choice."""
-    x, gate_up, down = autocast(x.contiguous(), gate_up, down)
-    (T, D), width, k = x.shape, down.shape[2], chosen.shape[1]
+    (x,), (T, k), (_, D, width) = autocast(x.contiguous()), chosen.shape, down.shape
     z, y, weights, chosen = x.new_empty(T * k, width), torch.empty_like(x), weights.contiguous(), chosen.contiguous()
     launch(up_decode_kernel, (T * k, cdiv(width, 16)), x, weights, chosen, gate_up, z, D, width, k=k, BN=16, BK=min(256, pow2(D)))
-    launch(down_decode_kernel, (T, cdiv(D, 16)), z, chosen, down, y, D, width, k=k, BN=16, BK=min(256, pow2(width)))
+    launch(down_decode_kernel, (T, cdiv(D, 16)), z, chosen, down, shared if shared is None else shared.contiguous(), y, D, width, k=k, BN=16,
+           BK=min(256, pow2(width)))
     return y
 
 
 @experts.fused(when=lambda x, *_: on_gpu(x))
-def _experts_gpu(x, weights, chosen, gate_up, down):
-    x, gate_up, down = autocast(x, gate_up, down)
-    return _ExpertsGPU.apply(x.contiguous(), weights.contiguous(), chosen.contiguous(), gate_up, down)
-
-
 class _ExpertsGPU(torch.autograd.Function):
+    """Casts for autocast itself, so that the gradients of fp32 weights are written once, in fp32, straight from the accumulators."""
+
     @staticmethod
-    def forward(ctx, x, weights, chosen, gate_up, down):
-        y, saved = experts_gpu(x, weights, chosen, gate_up, down)
-        ctx.save_for_backward(x, weights, gate_up, down, *saved)
-        return y
+    def forward(ctx, x, weights, chosen, gate_up, down, shared=None):
+        ctx.dtypes, ctx.shared, (x,), weights = (gate_up.dtype, down.dtype), shared is not None, autocast(x.contiguous()), weights.contiguous()
+        gate_up, down, R, (E, D, width), k = gate_up.to(x.dtype), down.to(x.dtype), chosen.numel(), down.shape, chosen.shape[1]
+        order, place, offsets = plan(chosen.contiguous(), E)
+        h, z, y = x.new_empty(R, 2 * width), x.new_empty(R, width), x.new_empty(R, D)
+        grouped("up", up_kernel, width, D, (x, order, weights, gate_up, h, z, offsets, D, width), R, E, k=k)
+        grouped("matmul", matmul_kernel, D, width, (z, down, y, offsets, width, D, width, 1), R, E)
+        ctx.save_for_backward(x, weights, gate_up, down, order, place, offsets, h)
+        return combine(y, place, k, shared.contiguous() if ctx.shared else None)
 
     @staticmethod
     def backward(ctx, dy):
         x, weights, gate_up, down, order, place, offsets, h = ctx.saved_tensors
-        (T, D), (E, _, width), k, dy = x.shape, down.shape, weights.shape[1], dy.contiguous()
-        dh, wz, dx = torch.empty_like(h), x.new_empty(T * k, width), torch.empty_like(x)
-        blocks = cdiv(width, tile("down_backward", T * k // E, x.dtype)["BN"])
+        (T, k), (E, D, width), R, dy = weights.shape, down.shape, len(h), dy.contiguous()
+        dh, wz, da = torch.empty_like(h), x.new_empty(R, width), x.new_empty(R, D)
+        blocks = cdiv(width, tile("down_backward", R // E, x.dtype)["BN"])
         dweights = torch.empty(T, k, blocks, dtype=torch.float32, device=x.device)           # no atomics: a partial sum per block
-        grouped("down_backward", down_backward_kernel, width, D, (dy, order, weights, down, h, dh, wz, dweights, offsets, D, width), T * k, E, k=k)
-        ddown, dgate_up, da = torch.empty_like(down), torch.empty_like(gate_up), x.new_empty(T * k, D)
-        c = tile("weight_grad", T * k // E, x.dtype)
-        for dw, a, b, gathers in ((ddown, dy, wz, (True, False)), (dgate_up, dh, x, (False, True))):
-            (P, Q), (GATHER_A, GATHER_B) = dw.shape[1:], gathers
-            launch(weight_grad_kernel, (cdiv(P, c["BM"]) * cdiv(Q, c["BN"]), E), a, b, order, dw, offsets, P, Q, k=k,
-                   GATHER_A=GATHER_A, GATHER_B=GATHER_B, EVEN=P % c["BM"] == Q % c["BN"] == 0, **c)
-        grouped("matmul", matmul_kernel, D, 2 * width, (dh, gate_up, da, offsets, 2 * width, D, 1, D), T * k, E)
-        launch(combine_kernel, (T, cdiv(D, min(512, pow2(D)))), da, place, dx, D, k=k, BD=min(512, pow2(D)))
-        return dx, dweights.sum(-1).to(weights.dtype), None, dgate_up, ddown
+        grouped("down_backward", down_backward_kernel, width, D, (dy, order, weights, down, h, dh, wz, dweights, offsets, D, width), R, E, k=k)
+        dgate_up, ddown = (torch.empty_like(w, dtype=dtype) for w, dtype in zip((gate_up, down), ctx.dtypes))
+        c = tile("weight_grad", R // E, x.dtype)
+        for dw, a, b, GATHER_A in ((ddown, dy, wz, True), (dgate_up, dh, x, False)):         # of a and b, the tokens' side is gathered
+            P, Q = dw.shape[1:]
+            launch(weight_grad_kernel, (cdiv(P, c["BM"]) * cdiv(Q, c["BN"]), E), a, b, order, dw, offsets, P, Q, k=k, GATHER_A=GATHER_A,
+                   EVEN=P % c["BM"] == Q % c["BN"] == 0, **c)
+        grouped("matmul", matmul_kernel, D, 2 * width, (dh, gate_up, da, offsets, 2 * width, D, 1, D), R, E)
+        return combine(da, place, k), dweights.sum(-1).to(weights.dtype), None, dgate_up, ddown, dy if ctx.shared else None
 
 
 @case("experts")

@@ -450,8 +450,8 @@ class Experts(nn.Module):
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up, self.down = nn.Parameter(torch.empty(E, 2 * width, D)), nn.Parameter(torch.empty(E, D, width))
 
-    def forward(self, x, weights, chosen):                                                   # (T,D), (T,k), (T,k) -> (T,D)
-        return experts(x, weights, chosen, self.gate_up, self.down)
+    def forward(self, x, weights, chosen, shared):                                           # (T,D), (T,k), (T,k), (T,D) or None -> (T,D)
+        return experts(x, weights, chosen, self.gate_up, self.down, shared)
 
 
 class MoE(nn.Module):
@@ -466,9 +466,8 @@ class MoE(nn.Module):
     def forward(self, x, counted, warmup):
         h = x.flatten(0, 1)                                                                  # (T,D), T = B*S
         weights, chosen, routing = self.gate(h, counted, warmup)                             # 1 route: (T,k), (T,k)
-        y = self.experts(h, weights, chosen)                                                 # 2 sort, matmuls, weighted sum: (T,D)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(h)                                                   # 3 shared: weight 1, never scaled
+        shared = None if self.shared_experts is None else self.shared_experts(h)             # 2 shared: weight 1, never scaled
+        y = self.experts(h, weights, chosen, shared)                                         # 3 sort, matmuls, weighted sum, added: (T,D)
         return y.view_as(x), routing
 
 

@@ -249,7 +249,7 @@ def test_gpu_route(T, E, k, groups, kept, scoring, norm, poisoned):
             assert (chosen.sort(1).values.diff(dim=1) > 0).all()
             return torch.zeros_like(scores).scatter(1, chosen, weights), scores
         return run
-    agree(by_expert(kernels._RouteGPU), by_expert(kernels.route.reference), [torch.randn(E, T).T], poisoned)
+    agree(by_expert(kernels._RouteGPU.apply), by_expert(kernels.route.reference), [torch.randn(E, T).T], poisoned)
 
 
 @pytest.mark.parametrize("T, k, E", [(37, 3, 5), (200, 2, 16), (1, 1, 8), (50, 8, 256), (70, 2, 2)])
@@ -270,7 +270,7 @@ def test_gpu_experts(T, k, E, D, width, choice, poisoned):
     torch.manual_seed(0)
     chosen = torch.rand(T, E).topk(k).indices if choice == "random" else torch.arange(k).expand(T, k)
     args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D) / D ** 0.5, torch.randn(E, D, width) / width ** 0.5)
-    agree(kernels._experts_gpu, kernels.experts.reference, args, poisoned)
+    agree(kernels._ExpertsGPU.apply, kernels.experts.reference, args, poisoned)
     with torch.no_grad():
         assert worst(kernels._experts_decode_gpu(*args), kernels.experts.reference(*args)) < 1e-5
 
@@ -282,7 +282,7 @@ def test_gpu_rope(B, S, N, d, r, norm, poisoned):
     cos, sin = F.pad(angle.cos().repeat(1, 2), (0, d - r), value=1.0), F.pad(torch.cat([-angle.sin(), angle.sin()], 1), (0, d - r))
     heads = torch.randn(B, S, (N + 1) * d)[..., :N * d].unflatten(-1, (N, d))
     view = lambda fn: lambda x, *rest: fn(torch.cat([x, x[:, :, :1]], 2)[:, :, :N], *rest)
-    agree(view(kernels._RopeGPU), kernels.rope.reference, [heads, cos, sin, r, torch.rand(N, d) + 0.5 if norm else None, 1e-6], poisoned)
+    agree(view(kernels._RopeGPU.apply), kernels.rope.reference, [heads, cos, sin, r, torch.rand(N, d) + 0.5 if norm else None, 1e-6], poisoned)
 
 
 @pytest.mark.parametrize("T, V, norm_head", [(5, 77, True), (1, 32, False), (3, 200, False)])
@@ -294,7 +294,7 @@ def test_gpu_loss_and_swiglu(T, V, norm_head, poisoned):
     agree(kernels._linear_cross_entropy_gpu, kernels.linear_cross_entropy.reference, args, poisoned)
     chunks = lambda x, w, t, n: kernels._LinearCrossEntropy.apply(x, w, t, n, kernels.softmax_gradient_gpu, 0, 2)
     agree(chunks, kernels.linear_cross_entropy.reference, args, poisoned)
-    agree(kernels._SwiGLUGPU, kernels.swiglu.reference, [torch.randn(T, 2 * V)], poisoned)
+    agree(kernels._SwiGLUGPU.apply, kernels.swiglu.reference, [torch.randn(T, 2 * V)], poisoned)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
