@@ -604,9 +604,9 @@ def _(scale=1, dtype=torch.float32):
 def experts(x, weights, chosen, gate_up, down, shared=None):
     """x (T,D), weights and chosen (T,k), gate_up (E,2F,D), down (E,D,F), shared (T,D): what the shared experts add, or None -> (T,D)."""
     y = torch.zeros_like(x, dtype=weights.dtype) if shared is None else shared.to(weights.dtype)
-    for e in range(gate_up.shape[0]):
+    for e, (gate_up_, down_) in enumerate(zip(gate_up.unbind(), down.unbind())):             # gate_up[e] would cost E gradients of its size
         token, slot = torch.where(chosen == e)                                               # SYNC on a GPU
-        h = F.linear(swiglu.reference(F.linear(x[token], gate_up[e])), down[e])
+        h = F.linear(swiglu.reference(F.linear(x[token], gate_up_)), down_)
         y = y.index_add(0, token, h * weights[token, slot, None])
     return y.to(x.dtype)
 
@@ -1166,10 +1166,10 @@ def official_experts(x, weights, chosen, gate_up, down):
     """The official modelling file's training path, as a yardstick: one row per choice, a boolean mask per expert."""
     rows, flat = x.repeat_interleave(chosen.shape[1], dim=0), chosen.flatten()
     y = torch.empty_like(rows)
-    for e in range(gate_up.shape[0]):
-        gate, up = gate_up[e].chunk(2)
+    for e, (gate_up_, down_) in enumerate(zip(gate_up.unbind(), down.unbind())):
+        gate, up = gate_up_.chunk(2)
         h = rows[flat == e]
-        y[flat == e] = F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down[e])
+        y[flat == e] = F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down_)
     return (y.unflatten(0, chosen.shape) * weights.unsqueeze(-1)).sum(1)
 
 
@@ -1195,60 +1195,18 @@ def gpu_twins(x, D=2048, E=256, k=8, width=512, V=157184):
     """Calls every GPU twin forward and backward, at Ling-mini-2.0's shapes; x (T,D) on any device, "meta" included."""
     T, new = len(x), lambda *shape, dtype=x.dtype: torch.empty(*shape, dtype=dtype, device=x.device)
     logits, chosen = new(T, E, dtype=torch.float32), new(T, k, dtype=torch.int64)
-    experts_args = (x, new(T, k, dtype=torch.float32), chosen, new(E, 2 * width, D), new(E, D, width))
+    experts_args = [(x, new(T, k, dtype=torch.float32), chosen, new(E, 2 * width, D, dtype=dtype), new(E, D, width, dtype=dtype), shared)
+                    for dtype, shared in ((x.dtype, x), (torch.float32, None))]              # fp32 weights: training under autocast
     for scoring, bias in (("sigmoid", new(E, dtype=torch.float32)), ("softmax", None)):
-        grads(_RouteGPU, (logits, bias, k, 8 if bias is not None else 1, 4 if bias is not None else 1, scoring, True, 2.5))
-    grads(_ExpertsGPU.apply, experts_args)
-    _experts_decode_gpu(*(t[:8] if t is not None and len(t) == T else t for t in experts_args))
+        grads(_RouteGPU.apply, (logits, bias, k, 8 if bias is not None else 1, 4 if bias is not None else 1, scoring, True, 2.5))
+    for args in experts_args:
+        grads(_ExpertsGPU.apply, args)
+    _experts_decode_gpu(*(t[:8] if len(t) == T else t for t in experts_args[0]))
     tables = new(4096, 128, dtype=torch.float32)
     for weight in (new(20, 128), None):
-        grads(_RopeGPU, (new(T // 4096, 4096, 20, 128), tables, tables, 64, weight, 1e-6))
-    grads(_SwiGLUGPU, (new(T, 2 * width),))
+        grads(_RopeGPU.apply, (new(T // 4096, 4096, 20, 128), tables, tables, 64, weight, 1e-6))
+    grads(_SwiGLUGPU.apply, (new(T, 2 * width),))
     grads(_linear_cross_entropy_gpu, (x, new(V, D), new(T, dtype=torch.int64), False))
-
-
-def gpu_bench(device="cuda", dtype=torch.bfloat16, cases=((8192, 2048, 256, 8, 512), (32768, 2048, 256, 8, 512), (32768, 2048, 128, 8, 768)),
-              vocabulary=157184, repeats=15):
-    """Forward and backward of each GPU twin beside its rivals, random data, medians taken in turn: ms, TFLOP/s and memory that the
-    MoE layer saves; the other ops against their definitions, eager and compiled. Fails on a host sync or on bits that change."""
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else device}")
-    new = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    for T, D, E, k, width in cases:
-        for name, skew in (("balanced", 0.0), ("skewed", 0.5)):
-            chosen = (torch.rand(T, E, device=device) + skew * torch.linspace(0, 1, E, device=device)).topk(k).indices
-            args = [new(T, D), torch.rand(T, k, device=device), chosen, new(E, 2 * width, D) / D ** 0.5, new(E, D, width) / width ** 0.5]
-            saved = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-                _experts_gpu(*[a.requires_grad_() if a.is_floating_point() else a for a in args])
-            kept = {t.data_ptr(): t.nbytes for t in saved if not any(t is a for a in args)}
-            compiled = torch.compile(_experts_grouped_mm)
-            ms = bench({"ours": step(_experts_gpu, args), "grouped_mm": step(_experts_grouped_mm, args), "compiled grouped_mm": step(compiled, args)}, repeats)
-            flops = 18 * T * k * D * width
-            print(f"experts T{T} D{D} E{E} k{k} F{width} {name}: " + ", ".join(f"{who} {t:.2f} ms {flops / t / 1e9:.0f} TFLOP/s" for who, t in ms.items())
-                  + f"; saved {sum(kept.values()) / 1e6:.0f} MB", flush=True)
-    if device == "cuda":                                         # after the warm-up above: compiling a kernel does sync
-        run = step(_experts_gpu, args)
-        torch.cuda.set_sync_debug_mode("error")
-        run()
-        torch.cuda.set_sync_debug_mode("default")
-    first, second = (grads(_experts_gpu, args) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second)), "experts: two runs of one input differ"
-    T, D = cases[0][:2]
-    x, weight, targets = new(T, D), new(vocabulary, D) / D ** 0.5, torch.randint(0, vocabulary, (T,), device=device)
-
-    def matmuls():
-        for rows in x.split(2048):
-            logits = rows @ weight.T
-            logits @ weight, logits.T @ rows
-    ms = bench({"ours": step(_linear_cross_entropy_gpu, (x, weight, targets, False)), "its three matmuls": matmuls}, repeats)
-    print(f"linear_cross_entropy T{T} V{vocabulary}: " + ", ".join(f"{who} {t:.2f} ms" for who, t in ms.items()))
-    E, k = cases[0][2:4]
-    for name, twin, args in (("route", _RouteGPU, (torch.randn(T, E, device=device), torch.randn(E, device=device), k, 4, 2, "sigmoid", True, 2.5)),
-                             ("rope", _RopeGPU, (new(1, T, 20, 128), *torch.rand(2, T, 128, device=device), 64, new(20, 128), 1e-6)),
-                             ("swiglu", _SwiGLUGPU, (new(T, 4 * D),))):
-        reference = OPS[name].reference
-        ms = bench({"ours": step(twin, args), "definition": step(reference, args), "compiled definition": step(torch.compile(reference), args)}, repeats)
-        print(f"{name}: " + ", ".join(f"{who} {t:.3f} ms" for who, t in ms.items()), flush=True)
 
 
 def compile_one(job):
@@ -1329,6 +1287,7 @@ def main():
         if triton is None or not torch.cuda.is_available():
             print("--bench needs a GPU that Triton can use", file=sys.stderr)
             return 2
+        from test_ling import gpu_bench                                                      # it needs whole models, which this file cannot know
         return gpu_bench()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, LING_KERNELS={MODE}; fp32, forward and backward, "
