@@ -323,7 +323,6 @@ def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, str
 
 @rope.fused(when=lambda x, *_: on_gpu(x))
 class _RopeGPU(torch.autograd.Function):
-    """One pass each way; saves x alone, as the backward finds the norm again."""
     @staticmethod
     def launch(kernel, tensors, x, cos, r, weight, eps):
         (B, S, N, d), BT = x.shape, 4 if INTERPRETED else 32
@@ -564,7 +563,6 @@ def route_backward_kernel(dweights, dscores, chosen, scores, dlogits, T, scale, 
 
 @route.fused(when=on_gpu)
 class _RouteGPU(torch.autograd.Function):
-    """One pass each way instead of about fifteen launches. The backward is the closed form, from scores and choice."""
     @staticmethod
     def forward(ctx, logits, expert_bias, k, n_group, topk_group, score_function, norm_topk_prob, scale):
         (T, E), logits = logits.shape, logits.contiguous()
@@ -713,7 +711,8 @@ class _Experts(torch.autograd.Function):
 
 # On a GPU: a counting sort, then four grouped matmuls with the gathers in their prologues and SwiGLU, its gradient and the routing
 # weight's in their epilogues, and a sum of k gathered rows. Saved: x, the pre-activations and the routing, as on a CPU. The routing
-# weight multiplies F columns before the down matmul, so one kernel sums rows forward and backward. Not yet measured on a GPU.
+# weight multiplies F columns before the down matmul, so one kernel sums rows forward (and the shared experts' output with them) and
+# backward, and grouped_mm with its separate SwiGLU has no place left where Triton runs. Not yet measured on a GPU.
 
 @jit
 def count_kernel(keys, counts, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
@@ -945,7 +944,9 @@ def _experts_decode_gpu(x, weights, chosen, gate_up, down, shared=None):
 
 @experts.fused(when=lambda x, *_: on_gpu(x))
 class _ExpertsGPU(torch.autograd.Function):
-    """Casts for autocast itself, so that the gradients of fp32 weights are written once, in fp32, straight from the accumulators."""
+    """Casts for autocast itself, so that gradients of fp32 weights are written once, in fp32, straight from the accumulators: 4 bytes a
+    weight instead of 8. Over micro-batches autograd adds them (12 more). A kernel that adds into .grad would need 8 in place of these 16,
+    but autograd.grad would then change .grad, and FSDP2 has no .grad to add to while it runs; larger micro-batches save as much."""
 
     @staticmethod
     def forward(ctx, x, weights, chosen, gate_up, down, shared=None):
@@ -1104,14 +1105,19 @@ def _(scale=1, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------------------------
 # parity and speed
 
-def grads(fn, args):
-    """Outputs and gradients of fn for a fixed cotangent, as a flat list; the inputs are detached copies."""
+def leaves(args):
+    """Copies of the arguments for a gradient of their own, and those that get one."""
     args = [a.detach().clone().requires_grad_(a.is_floating_point()) if torch.is_tensor(a) else a for a in args]
+    return args, [a for a in args if torch.is_tensor(a) and a.requires_grad]
+
+
+def grads(fn, args):
+    """Outputs and gradients of fn for a fixed cotangent, as a flat list."""
+    args, inputs = leaves(args)
     out = fn(*args)
     out = [o for o in (out if isinstance(out, tuple) else (out,)) if o.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
-    inputs = [a for a in args if torch.is_tensor(a) and a.requires_grad]
     return out + [g for g in torch.autograd.grad(out, inputs, cotangents, allow_unused=True) if g is not None]
 
 
@@ -1149,8 +1155,7 @@ def bench(fns, repeats=15):
 
 def step(fn, args):
     """A callable that runs fn forward and backward once."""
-    args = [a.detach().clone().requires_grad_(a.is_floating_point()) if torch.is_tensor(a) else a for a in args]
-    inputs = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    args, inputs = leaves(args)
 
     def run():
         out = fn(*args)

@@ -5,7 +5,7 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import io
 import json
@@ -197,7 +197,8 @@ def test_experts_at_the_edges(T, k, choice, train):
     torch.manual_seed(0)
     E, D, width = 8, 24, 16
     chosen = torch.rand(T, E).topk(k).indices if choice == "random" else torch.arange(k).expand(T, k) + (4 if choice == "half" else 0)
-    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D), torch.randn(E, D, width), torch.randn(T, D) if T % 2 else None)
+    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D), torch.randn(E, D, width),
+            torch.randn(D, T).T if T % 2 else None)              # with and without shared experts
     if train:
         for got, want in zip(kernels.grads(kernels.experts, args), kernels.grads(kernels.experts.reference, args), strict=True):
             assert worst(got, want) < 2e-5
@@ -326,15 +327,14 @@ def test_gpu_whole_model(fields, as_on_gpu, monkeypatch):
     assert all(worst(got, want) < 2e-5 for want, got in zip(*results, strict=True))
 
 
-def test_gpu_weights_in_fp32_under_bf16(poisoned):
-    """Mixed precision that rounds the experts' weight gradients to bf16 on their way to fp32, or returns them in bf16."""
+def test_gpu_weights_of_higher_precision(poisoned):
+    """Mixed precision that rounds the experts' weight gradients to 16 bits on their way to fp32."""
     torch.manual_seed(0)
     chosen = torch.rand(37, 5).topk(3).indices
-    args = [torch.randn(37, 24).bfloat16().float(), torch.rand(37, 3), chosen, torch.randn(5, 32, 24).bfloat16().float(), torch.randn(5, 24, 16).bfloat16().float()]
-    want = kernels.grads(kernels.experts.reference, [a.to(poisoned) for a in args])
-    half = lambda x, *rest: kernels._ExpertsGPU.apply(x.half(), *rest).float()
-    got = kernels.grads(half, [a.to(poisoned) for a in args])
-    for w, g in zip(want[-2:], got[-2:]):
+    args = [a.to(poisoned) for a in (torch.randn(37, 24), torch.rand(37, 3), chosen, torch.randn(5, 32, 24) / 5, torch.randn(5, 24, 16) / 4)]
+    want = kernels.grads(kernels.experts.reference, args)
+    got = kernels.grads(lambda x, *rest: kernels._ExpertsGPU.apply(x.half(), *rest).float(), args)
+    for w, g in zip(want[-2:], got[-2:]):                        # half: the interpreter cannot multiply bf16
         assert g.dtype == torch.float32 and worst(g, w) < 5e-3 and not torch.equal(g, g.half().float())
 
 
@@ -1185,13 +1185,13 @@ def bench(only=None):
 # python kernels.py --bench: the GPU kernels against their goals
 
 def moe_floor(T, D, E, k, width, flops, bandwidth):
-    """Seconds, forward and forward + backward, of the fused kernels: each takes as long as its matmuls at `flops` per second or as its
-    bf16 bytes at `bandwidth`, whichever is longer."""
-    x, y, h, z, up, down = (2 * n for n in (T * D, T * k * D, 2 * T * k * width, T * k * width, 2 * E * width * D, E * width * D))       # bytes
-    one = 2 * T * k * D * width
-    forward = [(2 * one, x + up + h + z), (one, z + down + y), (0, y + x)]                   # up and SwiGLU, down, combine
-    backward = [(one, x + down + 2 * h + z), (one, z + x + down), (2 * one, h + x + up), (2 * one, h + up + y), (0, y + x)]
-    return [sum(max(work / flops, size / bandwidth) for work, size in kernels_) for kernels_ in (forward, forward + backward)]
+    """Seconds of each fused kernel, forward (three) and backward, in the order of their launches: its matmuls at `flops` per second or
+    its bf16 bytes at `bandwidth`, whichever takes longer."""
+    x, y, h, z = 2 * T * D, 2 * T * k * D, 4 * T * k * width, 2 * T * k * width              # bytes
+    up, down, one = 4 * E * width * D, 2 * E * width * D, 2 * T * k * D * width
+    work = [(2 * one, x + up + h + z), (one, z + down + y), (0, y + x),                      # up and SwiGLU, down, combine
+            (one, x + down + 2 * h + z), (one, z + x + down), (2 * one, h + x + up), (2 * one, h + up + y), (0, y + x)]
+    return [max(n / flops, size / bandwidth) for n, size in work]
 
 
 def decode_floor(c, batch, context, bandwidth):
@@ -1261,8 +1261,27 @@ def gpu_bench(tiny=False):
         yield f"matmul {n}^3, TFLOP/s", "", peak["flops"] / 1e12, 1.0
         yield "copy, TB/s read and written", "", peak["bandwidth"] / 1e12, 1.0
 
+    def each_kernel(run):
+        """[(name, milliseconds)] of the launches of one call."""
+        def tick():
+            event = torch.cuda.Event(enable_timing=True) if device == "cuda" else time.perf_counter()
+            return (event.record() or event) if device == "cuda" else event
+        spans, launch = [], kernels.launch
+        def timed(kernel, grid, *args, **constants):
+            start = tick()
+            launch(kernel, grid, *args, **constants)
+            spans.append((kernel.__name__, start, tick()))
+        kernels.launch = timed
+        try:
+            run()
+        finally:
+            kernels.launch = launch
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return [(name, start.elapsed_time(end) if device == "cuda" else 1e3 * (end - start)) for name, start, end in spans]
+
     def moe(T, D, E, k, width, skew, goals):
-        """goals: for eager grouped_mm, compiled, TFLOP/s forward and backward, forward, the equal dense MLP, the expert loop, saved memory."""
+        """goals: over grouped_mm eager, compiled; TFLOP/s in all, forward; over an equal dense MLP, over the expert loop; saved bytes."""
         shape = f"experts T{T} D{D} E{E} k{k} F{width} {'skewed' if skew else 'balanced'}"
         chosen = (torch.rand(T, E, device=device) + skew * torch.linspace(0, 1, E, device=device)).topk(k).indices
         args = [new(T, D), torch.rand(T, k, device=device), chosen, new(E, 2 * width, D) / D ** 0.5, new(E, D, width) / width ** 0.5]
@@ -1272,28 +1291,32 @@ def gpu_bench(tiny=False):
         fns = {"ours": kernels.step(ours, args), "eager": kernels.step(rival, args), "compiled": kernels.step(compiler(rival), args),
                "dense": kernels.step(dense, (args[0], new(D, 2 * k * width) / D ** 0.5, new(k * width, D) / width ** 0.5))}
         ms = time_(fns) | time_({"forward": torch.no_grad()(lambda: ours(*args))})
-        (forward, whole), flops = moe_floor(T, D, E, k, width, **peak), 18 * T * k * D * width
+        floors, flops = moe_floor(T, D, E, k, width, **peak), 18 * T * k * D * width
+        forward, whole = sum(floors[:3]), sum(floors)
         yield f"{shape}, TFLOP/s", goals[2], flops / ms["ours"] / 1e9, 1e3 * whole / ms["ours"]
         yield "  forward alone", goals[3], flops / 3 / ms["forward"] / 1e9, 1e3 * forward / ms["forward"]
         for name, goal in zip(("eager", "compiled"), goals):
             yield f"  times the speed of {whose}' grouped_mm, {name}", goal, ms[name] / ms["ours"], 1e3 * whole / ms[name]
         yield "  times the speed of an equal dense MLP", goals[4], ms["dense"] / ms["ours"], flops / ms["dense"] * 1e3 / peak["flops"]
         if goals[5]:
+            for (kernel, taken), floor in zip(each_kernel(fns["ours"]), [0, 0, *floors]):    # two for the plan
+                yield f"    {kernel}, milliseconds", "", taken, 1e3 * floor / taken
             loop = time_({"loop": kernels.step(kernels.official_experts, args)}, 3)["loop"]
             yield "  times the speed of the official expert loop", goals[5], loop / ms["ours"], 1e3 * whole / loop
 
         def saved(fn):
-            leaves, sizes = [a.detach().requires_grad_(a.is_floating_point()) for a in args], {}
+            inputs, sizes = kernels.leaves(args)[0], {}
             keep = lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                fn(*leaves)
-            return sum(size for at, size in sizes.items() if at not in [w.data_ptr() for w in leaves[3:]])
+                fn(*inputs)
+            return sum(size for at, size in sizes.items() if at not in [w.data_ptr() for w in inputs[3:]])
         yield f"  saved bytes over {whose}'", goals[6], saved(ours) / saved(rival), None
 
     def guarantees():
-        layer, x = random_model(mini | dict(num_hidden_layers=2), device, dtype).layers[1].mlp, new(1, 8 if tiny else 8192, D)
+        layer, x = random_model(mini | dict(num_hidden_layers=2), device, dtype).layers[1].mlp, new(8 if tiny else 8192, D)
         def run():
-            y, _ = layer(x.requires_grad_(), None, None)
+            weights, chosen, _ = layer.gate(x.requires_grad_(), None, None)
+            y = layer.experts(x, weights, chosen, layer.shared_experts(x))
             return y, *torch.autograd.grad(y, [x, *layer.parameters()], x.detach())
         first = run()
         try:
@@ -1316,13 +1339,14 @@ def gpu_bench(tiny=False):
         ours, definition = kernels.step(kernels._linear_cross_entropy_gpu, args), kernels.linear_cross_entropy.reference
         ms = time_({"ours": ours, "matmuls": matmuls, "definition": kernels.step(definition, args)})
         floor = 6 * T * D * V / peak["flops"] + 6 * T * V / peak["bandwidth"]                # three matmuls, logits read twice, written once
-        yield f"linear_cross_entropy T{T} V{V}, times its three matmuls' time", "<= 1.15", ms["ours"] / ms["matmuls"], 1e3 * floor / ms["ours"]
+        yield f"loss T{T} V{V}, times its three matmuls' time", "<= 1.15", ms["ours"] / ms["matmuls"], 1e3 * floor / ms["ours"]
         yield "  times the speed of the definition", ">= 1.35", ms["definition"] / ms["ours"], 1e3 * floor / ms["definition"]
         if device == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             ours()
-            yield "  peak GiB above its gradients", "<= 2.5", (torch.cuda.max_memory_allocated() - before - x.nbytes - w.nbytes) / 2 ** 30, None
+            peak_bytes = torch.cuda.max_memory_allocated() - before - x.nbytes - w.nbytes
+            yield "  peak GiB above its gradients", "<= 2.5", peak_bytes / 2 ** 30, None
 
     def small_ops():
         T, d, N = 12 if tiny else 8192, c.head_dim, c.num_attention_heads + c.num_key_value_heads
@@ -1334,8 +1358,8 @@ def gpu_bench(tiny=False):
             reference = kernels.OPS[name].reference
             fns, floor = {"ours": twin.apply, "compiled": compiler(reference), "eager": reference}, 1e3 * size / peak["bandwidth"]
             ms = time_({who: kernels.step(fn, args) for who, fn in fns.items()})
-            yield f"{name} T{T}, times the speed of the compiled definition", ">= 1", ms["compiled"] / ms["ours"], floor / ms["ours"]
-            yield "  of the eager definition", "", ms["eager"] / ms["ours"], floor / ms["eager"]
+            yield f"{name} T{T}, times the speed of its compiled definition", ">= 1", ms["compiled"] / ms["ours"], floor / ms["ours"]
+            yield "  of its definition", "", ms["eager"] / ms["ours"], floor / ms["eager"]
 
     def training():
         B, S, fields = *((1, 8) if tiny else (2, 4096)), mini | dict(num_hidden_layers=2 if tiny else 8)
@@ -1348,13 +1372,13 @@ def gpu_bench(tiny=False):
             return run
         ms = time_({name: step(model) for name, model in models.items()})
         used = {name: 1e3 * B * S / ms[name] * flops_per_token(model.config, S) / peak["flops"] for name, model in models.items()}
-        yield f"Ling-mini-2.0 cut to 8 layers, forward and backward of {B} x {S}: tokens/s", "", 1e3 * B * S / ms["moe"], used["moe"]
+        yield f"8 layers of Ling-mini-2.0, forward and backward, {B} x {S}: tokens/s", "", 1e3 * B * S / ms["moe"], used["moe"]
         yield "  times the speed of the dense model of equal active size", ">= 0.80", ms["dense"] / ms["moe"], used["dense"]
 
     @torch.no_grad()
     def decoding_experts(batch, goal):
         weights, gate_up, down = torch.rand(batch, k, device=device), new(E, 2 * width, D), new(E, D, width)
-        x, routings = new(batch, D), torch.rand(2 if tiny else 16, batch, E, device=device).topk(k).indices   # several, or a cache would hold the weights
+        x, routings = new(batch, D), torch.rand(2 if tiny else 16, batch, E, device=device).topk(k).indices   # more than a cache holds
         many = lambda fn: graphed(lambda: [fn(x, weights, chosen, gate_up, down) for chosen in routings], device)
         hf = hf_experts("batched_mm", D, E, k, width)
         ms = time_({who: many(fn) for who, fn in (("ours", kernels.experts), ("hf", hf)) if fn})
@@ -1372,10 +1396,11 @@ def gpu_bench(tiny=False):
             cache.length = context
             return model(tokens, cache=cache).logits.argmax(-1)
         ms, floor = time_({"captured": graphed(one, device), "eager": one}), 1e3 * decode_floor(c, batch, context, peak["bandwidth"])
-        yield f"Ling-mini-2.0, decoding {batch} x {context}, captured step: tokens/s", goal, 1e3 * batch / ms["captured"], floor / ms["captured"]
-        yield "  without a graph", "", 1e3 * batch / ms["eager"], floor / ms["eager"]
+        for name, aim in (("captured", goal), ("eager", "")):
+            yield f"Ling-mini-2.0 decoding, {batch} x {context}, {name}: tokens/s", aim, 1e3 * batch / ms[name], floor / ms[name]
 
-    goals = [((8192, D, E, k, width), 0.0, [">= 1.8", ">= 1.2", ">= 280", "", "", ">= 20", "<= 0.22"]), ((8192, D, E, k, width), 0.5, [""] * 7),
+    goals = [((8192, D, E, k, width), 0.0, [">= 1.8", ">= 1.2", ">= 280", "", "", ">= 20", "<= 0.22"]),
+             ((8192, D, E, k, width), 0.5, [""] * 7),
              ((32768, D, E, k, width), 0.0, [">= 1.6", ">= 1.05", ">= 380", "", ">= 0.60", "", "<= 0.22"]),
              ((32768, 2048, 128, 8, 768), 0.0, ["", "", ">= 340", ">= 430", "", "", ""])]
     parts = [("ceilings", ceilings())]
@@ -1385,9 +1410,10 @@ def gpu_bench(tiny=False):
     for batch, tokens, times in ((1, ">= 900", ">= 1.5"), (8, "", ">= 2.2"), (32, ">= 3000", ">= 3"))[:1 if tiny else 3]:
         parts += [(f"decoding experts, {batch}", decoding_experts(batch, times)), (f"decoding, {batch}", decoding(batch, tokens))]
 
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "transformers") if importlib.util.find_spec(name)]
-    print(", ".join(versions) + f", CUDA {torch.version.cuda}, {torch.cuda.get_device_name() if device == 'cuda' else device}; {dtype}, random data, "
-          "medians taken in turn")
+    versions = [f"{name} {importlib.import_module(name).__version__}" for name in ("torch", "triton", "transformers")
+                if importlib.util.find_spec(name)]
+    print(f"{', '.join(versions)}, CUDA {torch.version.cuda}, HIP {torch.version.hip}, "
+          f"{torch.cuda.get_device_name() if device == 'cuda' else device}; {dtype}, random data, medians taken in turn")
     print(f"{'':84}{'goal':>9}{'measured':>11}{'of the floor':>14}")
     failures = 0
     for name, rows in parts:
