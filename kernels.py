@@ -130,7 +130,8 @@ def launch(kernel, grid, *args, **constants):
 
 def on_gpu(x):
     """Where Triton runs. torch.compile sees the definitions, which its own compiler fuses."""
-    return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
+    return (triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not torch.compiler.is_compiling())
 
 
 def autocast(*tensors):
@@ -303,8 +304,8 @@ def rope_kernel(x, cos, sin, weight, y, tokens, S, N, stride, eps, d: tl.constex
 
 
 @jit
-def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, stride, eps, d: tl.constexpr, dp: tl.constexpr, r: tl.constexpr,
-                         NORM: tl.constexpr, BT: tl.constexpr):
+def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, stride, eps, d: tl.constexpr, dp: tl.constexpr,
+                         r: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr):
     """Turned back, then through the norm; dweight (token blocks, N, d) holds one partial sum per program."""
     t, head, c = tl.program_id(0) * BT + tl.arange(0, BT)[:, None], tl.program_id(1), tl.arange(0, dp)[None, :]
     ok, partner = (t < tokens) & (c < d), tl.where(c < r // 2, c + r // 2, tl.where(c < r, c - r // 2, c))
@@ -323,9 +324,11 @@ def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, str
 
 @rope.fused(when=lambda x, *_: on_gpu(x))
 class _RopeGPU(torch.autograd.Function):
+    BT = 4 if INTERPRETED else 32                               # tokens of a program
+
     @staticmethod
-    def launch(kernel, tensors, x, cos, r, weight, eps):
-        (B, S, N, d), BT = x.shape, 4 if INTERPRETED else 32
+    def launch(kernel, tensors, x, r, weight, eps):
+        (B, S, N, d), BT = x.shape, _RopeGPU.BT
         launch(kernel, (cdiv(B * S, BT), N), *tensors, B * S, S, N, x.stride(1), eps, d=d, dp=pow2(d), r=r, NORM=weight is not None, BT=BT)
 
     @staticmethod
@@ -334,7 +337,7 @@ class _RopeGPU(torch.autograd.Function):
             x = x.contiguous()
         ctx.save_for_backward(x, cos, sin, weight)
         ctx.r, ctx.eps, y = r, eps, x.new_empty(x.shape)
-        _RopeGPU.launch(rope_kernel, (x, cos, sin, weight, y), x, cos, r, weight, eps)
+        _RopeGPU.launch(rope_kernel, (x, cos, sin, weight, y), x, r, weight, eps)
         return y
 
     @staticmethod
@@ -342,8 +345,8 @@ class _RopeGPU(torch.autograd.Function):
         x, cos, sin, weight = ctx.saved_tensors
         dx, dweight = x.new_empty(x.shape), None
         if weight is not None:
-            dweight = x.new_empty(cdiv(x.shape[0] * x.shape[1], 4 if INTERPRETED else 32), *weight.shape, dtype=torch.float32)
-        _RopeGPU.launch(rope_backward_kernel, (dy.contiguous(), x, cos, sin, weight, dx, dweight), x, cos, ctx.r, weight, ctx.eps)
+            dweight = x.new_empty(cdiv(x.shape[0] * x.shape[1], _RopeGPU.BT), *weight.shape, dtype=torch.float32)
+        _RopeGPU.launch(rope_backward_kernel, (dy.contiguous(), x, cos, sin, weight, dx, dweight), x, ctx.r, weight, ctx.eps)
         return dx, None, None, None, dweight if weight is None else dweight.sum(0).to(weight.dtype), None
 
 
@@ -579,9 +582,9 @@ class _RouteGPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dweights, _, dscores):
         chosen, scores = ctx.saved_tensors
-        dlogits = torch.empty_like(scores)
-        launch(route_backward_kernel, (cdiv(len(scores), 4),), dweights.contiguous(), dscores.contiguous(), chosen, scores, dlogits, len(scores),
-               ctx.scale, **ctx.constants)
+        dlogits, T = torch.empty_like(scores), len(scores)
+        launch(route_backward_kernel, (cdiv(T, 4),), dweights.contiguous(), dscores.contiguous(), chosen, scores, dlogits, T, ctx.scale,
+               **ctx.constants)
         return dlogits, *[None] * 7
 
 
@@ -625,8 +628,9 @@ def by_grouped_mm(x, weights, chosen, gate_up, down, shared=None):
 
 
 @torch.library.custom_op("ling::experts", mutates_args=())
-def _experts_in_graph(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """For torch.compile, whose graphs have no room for shapes that depend on the routing: one opaque node that runs the op as without it."""
+def _experts_in_graph(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor,
+                      down: torch.Tensor) -> torch.Tensor:
+    """For torch.compile, whose graphs have no room for shapes that depend on the routing: one opaque node that runs the op as it is."""
     return experts(x, weights, chosen, gate_up, down)
 
 
@@ -695,7 +699,8 @@ class _Experts(torch.autograd.Function):
         token, dx, dw = order // ctx.k, torch.zeros_like(x), torch.empty_like(w)
         dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
         for t, w_, pre_, dw_, gate_up_, down_, dgate_up_, ddown_ in zip(
-                *(rows.split(ctx.counts) for rows in (token, w, pre, dw.squeeze(1))), *(m.unbind() for m in (gate_up, down, dgate_up, ddown))):
+                *(rows.split(ctx.counts) for rows in (token, w, pre, dw.squeeze(1))),
+                *(m.unbind() for m in (gate_up, down, dgate_up, ddown))):
             dye = dy.index_select(0, t)                                                      # (n,D)
             gate, up = pre_.chunk(2, dim=1)
             activation, dh = F.silu(gate), torch.mm(dye, down_)                              # (n,F); dh before the weight
@@ -750,29 +755,27 @@ def plan(chosen, E, BLOCK=64):
 
 
 @jit
-def tile_rows(offsets, tile, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
-    """Rows sorted by expert are cut into tiles of BM that never straddle two experts -> of this tile: expert (E or more: there
-    is no such tile), first row, end of the expert's rows."""
-    e = tl.arange(0, EP)
+def tile_rows(offsets, blocks, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """Rows sorted by expert are cut into tiles of BM that never straddle two experts, and these into blocks of columns -> of this
+    program: expert (E or more: nothing to do), its rows, where the expert's rows end, its block of columns."""
+    tile, e = tl.program_id(0) // blocks, tl.arange(0, EP)
     start = tl.load(offsets + e, mask=e < E, other=0)
     end = tl.load(offsets + e + 1, mask=e < E, other=0)
     tiles = (end - start + BM - 1) // BM
     upto = tl.cumsum(tiles, 0)
     expert = tl.sum((upto <= tile).to(tl.int32), 0)
     mine = e == expert
-    return expert, tl.sum(tl.where(mine, start + (tile - upto + tiles) * BM, 0), 0), tl.sum(tl.where(mine, end, 0), 0)
+    first, end = tl.sum(tl.where(mine, start + (tile - upto + tiles) * BM, 0), 0), tl.sum(tl.where(mine, end, 0), 0)
+    return expert, first + tl.arange(0, BM), end, tl.program_id(0) % blocks
 
 
 @jit
 def up_kernel(x, order, weights, w, h, z, offsets, D: tl.constexpr, F: tl.constexpr, k: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
               EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """h = [x[token] gate^T, x[token] up^T], z = weight * silu(gate half) * up half."""
-    blocks = tl.cdiv(F, BN)
-    expert, first, end = tile_rows(offsets, tl.program_id(0) // blocks, E, EP, BM)
+    expert, m, end, block = tile_rows(offsets, tl.cdiv(F, BN), E, EP, BM)
     if expert < E:
-        m = first + tl.arange(0, BM)
-        n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-        c = tl.arange(0, BK)
+        n, c = block * BN + tl.arange(0, BN), tl.arange(0, BK)
         choice = tl.load(order + m, mask=m < end, other=0)
         xs = x + (choice // k).to(tl.int64)[:, None] * D + c[None, :]
         ws = w + expert.to(tl.int64) * 2 * F * D + n[None, :] * D + c[:, None]
@@ -795,12 +798,9 @@ def up_kernel(x, order, weights, w, h, z, offsets, D: tl.constexpr, F: tl.conste
 def matmul_kernel(a, w, y, offsets, K, N, w_n, w_k, E: tl.constexpr, EP: tl.constexpr, EVEN: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """y = a w[expert]^T; w_n and w_k are w's strides, so that a transposed w needs no copy."""
-    blocks = tl.cdiv(N, BN)
-    expert, first, end = tile_rows(offsets, tl.program_id(0) // blocks, E, EP, BM)
+    expert, m, end, block = tile_rows(offsets, tl.cdiv(N, BN), E, EP, BM)
     if expert < E:
-        m = first + tl.arange(0, BM)
-        n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-        c = tl.arange(0, BK)
+        n, c = block * BN + tl.arange(0, BN), tl.arange(0, BK)
         rows = m.to(tl.int64)[:, None]
         as_ = a + rows * K + c[None, :]
         ws = w + expert.to(tl.int64) * N * K + n[None, :] * w_n + c[:, None] * w_k
@@ -833,13 +833,11 @@ def down_backward_kernel(dy, order, weights, w, h, dh, wz, dweights, offsets, D,
                          EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """dz = dy[token] w, then the gradient of the SwiGLU, of the routing weight (one partial sum per block of F), and weight * z again."""
     blocks = tl.cdiv(F, BN)
-    expert, first, end = tile_rows(offsets, tl.program_id(0) // blocks, E, EP, BM)
+    expert, m, end, block = tile_rows(offsets, blocks, E, EP, BM)
     if expert < E:
-        block = tl.program_id(0) % blocks
-        m, b, c = first + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+        n, c = block * BN + tl.arange(0, BN), tl.arange(0, BK)
         choice = tl.load(order + m, mask=m < end, other=0)
         weight = tl.load(weights + choice, mask=m < end, other=0.0)[:, None]
-        n = block * BN + b
         ds = dy + (choice // k).to(tl.int64)[:, None] * D + c[None, :]
         ws = w + expert.to(tl.int64) * D * F + c[:, None].to(tl.int64) * F + n[None, :]
         acc = tl.zeros((BM, BN), tl.float32)
@@ -871,7 +869,8 @@ def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A
         a_row, b_row = token if GATHER_A else row.to(tl.int64), row.to(tl.int64) if GATHER_A else token
         ok = (row < end)[:, None]
         acc = tl.dot(tl.trans(tl.load(a + a_row[:, None] * P + p[None, :], mask=ok & ((p < P) | EVEN)[None, :], other=0.0)),
-                     tl.load(b + b_row[:, None] * Q + q[None, :], mask=ok & ((q < Q) | EVEN)[None, :], other=0.0), acc, input_precision="ieee")
+                     tl.load(b + b_row[:, None] * Q + q[None, :], mask=ok & ((q < Q) | EVEN)[None, :], other=0.0), acc,
+                     input_precision="ieee")
     out, ok = dw + expert * P * Q + p[:, None].to(tl.int64) * Q + q[None, :], ((p < P)[:, None] & (q < Q)[None, :]) | EVEN
     tl.store(out, acc, mask=ok)
 
@@ -935,24 +934,25 @@ def down_decode_kernel(z, chosen, w, shared, y, D, F, k: tl.constexpr, BN: tl.co
 def _experts_decode_gpu(x, weights, chosen, gate_up, down, shared=None):
     """Generation: two launches of static shape, which a CUDA graph can hold, that read the chosen experts' weights once per choice."""
     (x,), (T, k), (_, D, width) = autocast(x.contiguous()), chosen.shape, down.shape
-    z, y, weights, chosen = x.new_empty(T * k, width), torch.empty_like(x), weights.contiguous(), chosen.contiguous()
+    weights, chosen, shared = (t if t is None else t.contiguous() for t in (weights, chosen, shared))
+    z, y = x.new_empty(T * k, width), torch.empty_like(x)
     launch(up_decode_kernel, (T * k, cdiv(width, 16)), x, weights, chosen, gate_up, z, D, width, k=k, BN=16, BK=min(256, pow2(D)))
-    launch(down_decode_kernel, (T, cdiv(D, 16)), z, chosen, down, shared if shared is None else shared.contiguous(), y, D, width, k=k, BN=16,
-           BK=min(256, pow2(width)))
+    launch(down_decode_kernel, (T, cdiv(D, 16)), z, chosen, down, shared, y, D, width, k=k, BN=16, BK=min(256, pow2(width)))
     return y
 
 
 @experts.fused(when=lambda x, *_: on_gpu(x))
 class _ExpertsGPU(torch.autograd.Function):
     """Casts for autocast itself, so that gradients of fp32 weights are written once, in fp32, straight from the accumulators: 4 bytes a
-    weight instead of 8. Over micro-batches autograd adds them (12 more). A kernel that adds into .grad would need 8 in place of these 16,
-    but autograd.grad would then change .grad, and FSDP2 has no .grad to add to while it runs; larger micro-batches save as much."""
+    weight instead of 8. Over micro-batches autograd adds them, 12 bytes more. A kernel that adds into .grad would move 8 instead of 16, but
+    then autograd.grad would change .grad, and under FSDP2's mixed precision there is none to add to. Larger micro-batches cost nothing."""
 
     @staticmethod
     def forward(ctx, x, weights, chosen, gate_up, down, shared=None):
-        ctx.dtypes, ctx.shared, (x,), weights = (gate_up.dtype, down.dtype), shared is not None, autocast(x.contiguous()), weights.contiguous()
-        gate_up, down, R, (E, D, width), k = gate_up.to(x.dtype), down.to(x.dtype), chosen.numel(), down.shape, chosen.shape[1]
-        order, place, offsets = plan(chosen.contiguous(), E)
+        ctx.dtypes, ctx.shared = (gate_up.dtype, down.dtype), shared is not None
+        (E, D, width), R, k = down.shape, chosen.numel(), chosen.shape[1]
+        (x,), weights = autocast(x.contiguous()), weights.contiguous()
+        gate_up, down, (order, place, offsets) = gate_up.to(x.dtype), down.to(x.dtype), plan(chosen.contiguous(), E)
         h, z, y = x.new_empty(R, 2 * width), x.new_empty(R, width), x.new_empty(R, D)
         grouped("up", up_kernel, width, D, (x, order, weights, gate_up, h, z, offsets, D, width), R, E, k=k)
         grouped("matmul", matmul_kernel, D, width, (z, down, y, offsets, width, D, width, 1), R, E)
@@ -966,7 +966,8 @@ class _ExpertsGPU(torch.autograd.Function):
         dh, wz, da = torch.empty_like(h), x.new_empty(R, width), x.new_empty(R, D)
         blocks = cdiv(width, tile("down_backward", R // E, x.dtype)["BN"])
         dweights = torch.empty(T, k, blocks, dtype=torch.float32, device=x.device)           # no atomics: a partial sum per block
-        grouped("down_backward", down_backward_kernel, width, D, (dy, order, weights, down, h, dh, wz, dweights, offsets, D, width), R, E, k=k)
+        tensors = dy, order, weights, down, h, dh, wz, dweights, offsets
+        grouped("down_backward", down_backward_kernel, width, D, (*tensors, D, width), R, E, k=k)
         dgate_up, ddown = (torch.empty_like(w, dtype=dtype) for w, dtype in zip((gate_up, down), ctx.dtypes))
         c = tile("weight_grad", R // E, x.dtype)
         for dw, a, b, GATHER_A in ((ddown, dy, wz, True), (dgate_up, dh, x, False)):         # of a and b, the tokens' side is gathered
@@ -1132,8 +1133,8 @@ def parity(name, scale=8, device="cpu"):
     args = to_device(CASES[name](scale), device)
     to64 = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     exact = grads(OPS[name].reference, to64)
-    worst = lambda got: max(float((g - e).detach().abs().max() / e.detach().abs().max().clamp(min=1e-30)) for g, e in zip(got, exact, strict=True))
-    return worst(grads(OPS[name], args)), worst(grads(OPS[name].reference, args))
+    error = lambda got, want: float((got - want).detach().abs().max() / want.detach().abs().max().clamp(min=1e-30))
+    return tuple(max(map(error, grads(fn, args), exact)) for fn in (OPS[name], OPS[name].reference))
 
 
 def bench(fns, repeats=15):
@@ -1232,8 +1233,8 @@ def compile_one(job):
     shape = " ".join(str(value) for key, value in constants.items() if key in ("BM", "BN", "BK")).replace(" ", "x")
     if backend == "hip":
         text = compiled.asm["amdgcn"]
-        number = lambda key: max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text)))
-        return name, arch, shape, number("vgpr_count"), compiled.metadata.shared >> 10, number("vgpr_spill_count"), len(re.findall("v_mfma", text))
+        most, mfma = lambda key: max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text))), len(re.findall("v_mfma", text))
+        return name, arch, shape, most("vgpr_count"), compiled.metadata.shared >> 10, most("vgpr_spill_count"), mfma
     tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump*"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -1270,7 +1271,8 @@ def compile_check():
         jobs[repr(job)] = job
 
     launch = record
-    for name, target in (("ampere", ("cuda", 80, 32)), ("hopper", ("cuda", 90, 32)), ("hopper", ("cuda", 100, 32)), ("amd", ("hip", "gfx942", 64))):
+    for name, target in (("ampere", ("cuda", 80, 32)), ("hopper", ("cuda", 90, 32)), ("hopper", ("cuda", 100, 32)),
+                         ("amd", ("hip", "gfx942", 64))):
         family = lambda name=name: name
         for T in (8192, 32768):
             gpu_twins(torch.empty(T, 2048, dtype=torch.bfloat16, device="meta"))
@@ -1292,7 +1294,7 @@ def main():
         if triton is None or not torch.cuda.is_available():
             print("--bench needs a GPU that Triton can use", file=sys.stderr)
             return 2
-        from test_ling import gpu_bench                                                      # it needs whole models, which this file cannot know
+        from test_ling import gpu_bench                         # it needs whole models, which this file knows nothing of
         return gpu_bench()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, LING_KERNELS={MODE}; fp32, forward and backward, "
