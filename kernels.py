@@ -228,7 +228,8 @@ def rms_backward(dy, x, rstd, weight=None):
 
 @rms_norm.fused(when=lambda x, weight, eps: on_gpu(x))
 def _rms_norm_gpu(x, weight, eps):
-    return F.rms_norm(x, weight.shape, weight, eps)             # torch has the kernel
+    with torch.autocast(x.device.type, enabled=False):          # torch has the kernel, but for one dtype, and autocast's is fp32
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 @case("rms_norm")

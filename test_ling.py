@@ -327,15 +327,22 @@ def test_gpu_whole_model(fields, as_on_gpu, monkeypatch):
     assert all(worst(got, want) < 2e-5 for want, got in zip(*results, strict=True))
 
 
-def test_gpu_weights_of_higher_precision(poisoned):
-    """Mixed precision that rounds the experts' weight gradients to 16 bits on their way to fp32."""
+def test_gpu_under_autocast(poisoned, recwarn):
+    """Mixed precision that multiplies in fp32, rounds the experts' gradients to 16 bits on their way to fp32, or norms in seven passes."""
     torch.manual_seed(0)
     chosen = torch.rand(37, 5).topk(3).indices
     args = [a.to(poisoned) for a in (torch.randn(37, 24), torch.rand(37, 3), chosen, torch.randn(5, 32, 24) / 5, torch.randn(5, 24, 16) / 4)]
     want = kernels.grads(kernels.experts.reference, args)
-    got = kernels.grads(lambda x, *rest: kernels._ExpertsGPU.apply(x.half(), *rest).float(), args)
-    for w, g in zip(want[-2:], got[-2:]):                        # half: the interpreter cannot multiply bf16
+    with torch.autocast(poisoned, torch.float16):                # the interpreter cannot multiply bf16
+        got = kernels.grads(kernels._ExpertsGPU.apply, args)
+    assert got[0].dtype == torch.float16 and got[1].dtype == torch.float32 and worst(got[0].float(), want[0]) < 5e-3
+    for g, w in zip(got[-2:], want[-2:]):
         assert g.dtype == torch.float32 and worst(g, w) < 5e-3 and not torch.equal(g, g.half().float())
+    x, weight = args[0].half(), torch.rand(24, device=poisoned)
+    with torch.autocast(poisoned, torch.float16):
+        got = kernels._rms_norm_gpu(x, weight, 1e-6)
+    assert got.dtype == torch.float16 and worst(got.float(), kernels.rms_norm.reference(x.float(), weight, 1e-6)) < 2e-3
+    assert not [w for w in recwarn if "fused implementation" in str(w.message)]
 
 
 def test_gpu_bench_runs(as_on_gpu, capsys):
