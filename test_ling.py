@@ -198,7 +198,11 @@ def test_experts_at_the_edges(T, k, choice, train):
     E, D, width = 8, 24, 16
     chosen = torch.rand(T, E).topk(k).indices if choice == "random" else torch.arange(k).expand(T, k) + (4 if choice == "half" else 0)
     args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D), torch.randn(E, D, width),
-            torch.randn(D, T).T if T % 2 else None)              # with and without shared experts
+            torch.randn(D, T).T if T % 2 else None)              # with and without shared experts, whose output stays as it is
+    kept = [a if a is None else a.clone() for a in args]
+    with torch.set_grad_enabled(train):
+        kernels.experts(*args)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(args, kept))
     if train:
         for got, want in zip(kernels.grads(kernels.experts, args), kernels.grads(kernels.experts.reference, args), strict=True):
             assert worst(got, want) < 2e-5
