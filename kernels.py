@@ -1,7 +1,7 @@
 """Why is Ling fast? Every op of the model stands here twice: its definition in plain torch, and beside it the fast one.
 
     python kernels.py                       # parity and speed of every op on this machine, as a table
-    python kernels.py --bench               # the GPU twins beside grouped_mm, torch.compile and bare matmuls, at Ling-mini-2.0's shapes
+    python kernels.py --bench               # on a GPU: every kernel against its goal, its rivals and its floor, decoding and whole models too
     python kernels.py --compile-check       # registers and spills of every GPU kernel, on a machine without a GPU
     LING_KERNELS=auto|torch|fused           # auto: fast where it applies; torch: definitions only; fused: never fall back
 
@@ -758,7 +758,7 @@ def plan(chosen, E, BLOCK=64):
 @jit
 def tile_rows(offsets, blocks, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
     """Rows sorted by expert are cut into tiles of BM that never straddle two experts, and these into blocks of columns -> of this
-    program: expert (E or more: nothing to do), its rows, where the expert's rows end, its block of columns."""
+    program: expert (E or more: nothing to do), its first row, where the expert's rows end, its block of columns."""
     tile, e = tl.program_id(0) // blocks, tl.arange(0, EP)
     start = tl.load(offsets + e, mask=e < E, other=0)
     end = tl.load(offsets + e + 1, mask=e < E, other=0)
@@ -767,16 +767,16 @@ def tile_rows(offsets, blocks, E: tl.constexpr, EP: tl.constexpr, BM: tl.constex
     expert = tl.sum((upto <= tile).to(tl.int32), 0)
     mine = e == expert
     first, end = tl.sum(tl.where(mine, start + (tile - upto + tiles) * BM, 0), 0), tl.sum(tl.where(mine, end, 0), 0)
-    return expert, first + tl.arange(0, BM), end, tl.program_id(0) % blocks
+    return expert, first, end, tl.program_id(0) % blocks
 
 
 @jit
 def up_kernel(x, order, weights, w, h, z, offsets, D: tl.constexpr, F: tl.constexpr, k: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
               EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """h = [x[token] gate^T, x[token] up^T], z = weight * silu(gate half) * up half."""
-    expert, m, end, block = tile_rows(offsets, tl.cdiv(F, BN), E, EP, BM)
+    expert, first, end, block = tile_rows(offsets, tl.cdiv(F, BN), E, EP, BM)
     if expert < E:
-        n, c = block * BN + tl.arange(0, BN), tl.arange(0, BK)
+        m, n, c = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         choice = tl.load(order + m, mask=m < end, other=0)
         xs = x + (choice // k).to(tl.int64)[:, None] * D + c[None, :]
         ws = w + expert.to(tl.int64) * 2 * F * D + n[None, :] * D + c[:, None]
@@ -799,9 +799,9 @@ def up_kernel(x, order, weights, w, h, z, offsets, D: tl.constexpr, F: tl.conste
 def matmul_kernel(a, w, y, offsets, K, N, w_n, w_k, E: tl.constexpr, EP: tl.constexpr, EVEN: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """y = a w[expert]^T; w_n and w_k are w's strides, so that a transposed w needs no copy."""
-    expert, m, end, block = tile_rows(offsets, tl.cdiv(N, BN), E, EP, BM)
+    expert, first, end, block = tile_rows(offsets, tl.cdiv(N, BN), E, EP, BM)
     if expert < E:
-        n, c = block * BN + tl.arange(0, BN), tl.arange(0, BK)
+        m, n, c = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         rows = m.to(tl.int64)[:, None]
         as_ = a + rows * K + c[None, :]
         ws = w + expert.to(tl.int64) * N * K + n[None, :] * w_n + c[:, None] * w_k
@@ -834,9 +834,9 @@ def down_backward_kernel(dy, order, weights, w, h, dh, wz, dweights, offsets, D,
                          EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """dz = dy[token] w, then the gradient of the SwiGLU, of the routing weight (one partial sum per block of F), and weight * z again."""
     blocks = tl.cdiv(F, BN)
-    expert, m, end, block = tile_rows(offsets, blocks, E, EP, BM)
+    expert, first, end, block = tile_rows(offsets, blocks, E, EP, BM)
     if expert < E:
-        n, c = block * BN + tl.arange(0, BN), tl.arange(0, BK)
+        m, n, c = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         choice = tl.load(order + m, mask=m < end, other=0)
         weight = tl.load(weights + choice, mask=m < end, other=0.0)[:, None]
         ds = dy + (choice // k).to(tl.int64)[:, None] * D + c[None, :]
