@@ -1,7 +1,7 @@
 """Why is Ling fast? Every op of the model stands here twice: its definition in plain torch, and beside it the fast one.
 
     python kernels.py                       # parity and speed of every op on this machine, as a table
-    python kernels.py --bench               # on a GPU: every kernel against its goal, its rivals and its floor, decoding and whole models too
+    python kernels.py --bench               # on a GPU: every kernel against its goal, its rivals and its floor; decoding, whole models
     python kernels.py --compile-check       # registers and spills of every GPU kernel, on a machine without a GPU
     LING_KERNELS=auto|torch|fused           # auto: fast where it applies; torch: definitions only; fused: never fall back
 
