@@ -1,7 +1,7 @@
 """Why is Ling fast? Every op of the model stands here twice: its definition in plain torch, and beside it the fast one.
 
     python kernels.py                       # parity and speed of every op on this machine, as a table
-    python kernels.py --bench               # the GPU twins beside grouped_mm, torch.compile and bare matmuls, at Ling-mini-2.0's shapes
+    python kernels.py --bench               # on a GPU: every kernel against its goal, its rivals and its floor; decoding, whole models
     python kernels.py --compile-check       # registers and spills of every GPU kernel, on a machine without a GPU
     LING_KERNELS=auto|torch|fused           # auto: fast where it applies; torch: definitions only; fused: never fall back
 
@@ -59,8 +59,8 @@ def op(reference):
                                    "LING_KERNELS=auto would run its definition")
         return reference(*args)
 
-    def fused(when):
-        return lambda twin: twins.append((when, twin)) or twin
+    def fused(when):                                            # a twin is a function, or an autograd.Function
+        return lambda twin: twins.append((when, getattr(twin, "apply", twin))) or twin
 
     call.reference, call.fused, call.twins = reference, fused, twins
     OPS[reference.__name__] = call
@@ -130,7 +130,8 @@ def launch(kernel, grid, *args, **constants):
 
 def on_gpu(x):
     """Where Triton runs. torch.compile sees the definitions, which its own compiler fuses."""
-    return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
+    return (triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not torch.compiler.is_compiling())
 
 
 def autocast(*tensors):
@@ -204,9 +205,6 @@ def rstd_of(x, eps):
 
 @rms_norm.fused(when=lambda x, weight, eps: trains(x) and weight.dtype == x.dtype)
 class _RMSNorm(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         rstd = rstd_of(x, eps)
@@ -231,7 +229,8 @@ def rms_backward(dy, x, rstd, weight=None):
 
 @rms_norm.fused(when=lambda x, weight, eps: on_gpu(x))
 def _rms_norm_gpu(x, weight, eps):
-    return F.rms_norm(x, weight.shape, weight, eps)             # torch has the kernel
+    with torch.autocast(x.device.type, enabled=False):          # torch has the kernel, but for one dtype, and autocast's is fp32
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 @case("rms_norm")
@@ -269,9 +268,6 @@ def _rope(x, cos, sin, r, weight, eps):
 
 @rope.fused(when=lambda x, *_: trains(x))
 class _Rope(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, x, cos, sin, r, weight, eps):
         cos, sin = (t.to(x.dtype).unsqueeze(1).expand(-1, *x.shape[2:]) for t in (cos, sin))  # (S,N,d)
@@ -310,8 +306,8 @@ def rope_kernel(x, cos, sin, weight, y, tokens, S, N, stride, eps, d: tl.constex
 
 
 @jit
-def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, stride, eps, d: tl.constexpr, dp: tl.constexpr, r: tl.constexpr,
-                         NORM: tl.constexpr, BT: tl.constexpr):
+def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, stride, eps, d: tl.constexpr, dp: tl.constexpr,
+                         r: tl.constexpr, NORM: tl.constexpr, BT: tl.constexpr):
     """Turned back, then through the norm; dweight (token blocks, N, d) holds one partial sum per program."""
     t, head, c = tl.program_id(0) * BT + tl.arange(0, BT)[:, None], tl.program_id(1), tl.arange(0, dp)[None, :]
     ok, partner = (t < tokens) & (c < d), tl.where(c < r // 2, c + r // 2, tl.where(c < r, c - r // 2, c))
@@ -330,13 +326,11 @@ def rope_backward_kernel(dy, x, cos, sin, weight, dx, dweight, tokens, S, N, str
 
 @rope.fused(when=lambda x, *_: on_gpu(x))
 class _RopeGPU(torch.autograd.Function):
-    """One pass each way; saves x alone, as the backward finds the norm again."""
-    def __new__(cls, *args):
-        return cls.apply(*args)
+    BT = 4 if INTERPRETED else 32                               # tokens of a program
 
     @staticmethod
-    def launch(kernel, tensors, x, cos, r, weight, eps):
-        (B, S, N, d), BT = x.shape, 4 if INTERPRETED else 32
+    def launch(kernel, tensors, x, r, weight, eps):
+        (B, S, N, d), BT = x.shape, _RopeGPU.BT
         launch(kernel, (cdiv(B * S, BT), N), *tensors, B * S, S, N, x.stride(1), eps, d=d, dp=pow2(d), r=r, NORM=weight is not None, BT=BT)
 
     @staticmethod
@@ -345,7 +339,7 @@ class _RopeGPU(torch.autograd.Function):
             x = x.contiguous()
         ctx.save_for_backward(x, cos, sin, weight)
         ctx.r, ctx.eps, y = r, eps, x.new_empty(x.shape)
-        _RopeGPU.launch(rope_kernel, (x, cos, sin, weight, y), x, cos, r, weight, eps)
+        _RopeGPU.launch(rope_kernel, (x, cos, sin, weight, y), x, r, weight, eps)
         return y
 
     @staticmethod
@@ -353,8 +347,8 @@ class _RopeGPU(torch.autograd.Function):
         x, cos, sin, weight = ctx.saved_tensors
         dx, dweight = x.new_empty(x.shape), None
         if weight is not None:
-            dweight = x.new_empty(cdiv(x.shape[0] * x.shape[1], 4 if INTERPRETED else 32), *weight.shape, dtype=torch.float32)
-        _RopeGPU.launch(rope_backward_kernel, (dy.contiguous(), x, cos, sin, weight, dx, dweight), x, cos, ctx.r, weight, ctx.eps)
+            dweight = x.new_empty(cdiv(x.shape[0] * x.shape[1], _RopeGPU.BT), *weight.shape, dtype=torch.float32)
+        _RopeGPU.launch(rope_backward_kernel, (dy.contiguous(), x, cos, sin, weight, dx, dweight), x, ctx.r, weight, ctx.eps)
         return dx, None, None, None, dweight if weight is None else dweight.sum(0).to(weight.dtype), None
 
 
@@ -416,9 +410,6 @@ swiglu.fused(when=infers)(swiglu.reference)
 
 @swiglu.fused(when=trains)
 class _SwiGLU(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
@@ -461,9 +452,6 @@ def swiglu_backward_kernel(dy, gate_up, dx, N, F, BLOCK: tl.constexpr):
 
 @swiglu.fused(when=on_gpu)
 class _SwiGLUGPU(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, gate_up):
         gate_up = gate_up.contiguous()
@@ -580,10 +568,6 @@ def route_backward_kernel(dweights, dscores, chosen, scores, dlogits, T, scale, 
 
 @route.fused(when=on_gpu)
 class _RouteGPU(torch.autograd.Function):
-    """One pass each way instead of about fifteen launches. The backward is the closed form, from scores and choice."""
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
     def forward(ctx, logits, expert_bias, k, n_group, topk_group, score_function, norm_topk_prob, scale):
         (T, E), logits = logits.shape, logits.contiguous()
@@ -600,9 +584,9 @@ class _RouteGPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dweights, _, dscores):
         chosen, scores = ctx.saved_tensors
-        dlogits = torch.empty_like(scores)
-        launch(route_backward_kernel, (cdiv(len(scores), 4),), dweights.contiguous(), dscores.contiguous(), chosen, scores, dlogits, len(scores),
-               ctx.scale, **ctx.constants)
+        dlogits, T = torch.empty_like(scores), len(scores)
+        launch(route_backward_kernel, (cdiv(T, 4),), dweights.contiguous(), dscores.contiguous(), chosen, scores, dlogits, T, ctx.scale,
+               **ctx.constants)
         return dlogits, *[None] * 7
 
 
@@ -620,31 +604,31 @@ def _(scale=1, dtype=torch.float32):
 # a whole training step 3 % slower. Gain: 1.1x to 1.4x; 62 to 79 % of the bare matmuls' speed.
 
 @op
-def experts(x, weights, chosen, gate_up, down):
-    """x (T,D), weights and chosen (T,k), gate_up (E,2F,D), down (E,D,F) -> (T,D)."""
-    y = torch.zeros_like(x, dtype=weights.dtype)
-    for e in range(gate_up.shape[0]):
+def experts(x, weights, chosen, gate_up, down, shared=None):
+    """x (T,D), weights and chosen (T,k), gate_up (E,2F,D), down (E,D,F), shared (T,D): what the shared experts add, or None -> (T,D)."""
+    y = torch.zeros_like(x, dtype=weights.dtype) if shared is None else shared.to(weights.dtype)
+    for e, (gate_up_, down_) in enumerate(zip(gate_up.unbind(), down.unbind())):             # gate_up[e] would cost E gradients of its size
         token, slot = torch.where(chosen == e)                                               # SYNC on a GPU
-        h = F.linear(swiglu.reference(F.linear(x[token], gate_up[e])), down[e])
+        h = F.linear(swiglu.reference(F.linear(x[token], gate_up_)), down_)
         y = y.index_add(0, token, h * weights[token, slot, None])
     return y.to(x.dtype)
 
 
 @experts.fused(when=lambda x, *_: len(x) == 0)
-def _experts_without_rows(x, weights, chosen, gate_up, down):
+def _experts_without_rows(x, weights, chosen, gate_up, down, shared=None):
     """A rank of expert parallelism that no token was sent to: no rows, whose gradients are zeros, as the other ranks wait for them."""
     return x + (weights.sum() + gate_up[0, 0, 0] + down[0, 0, 0]).to(x.dtype)
 
 
-@experts.fused(when=lambda x, weights, chosen, gate_up, down: len(x) == 1 and infers(x) and down.dtype == x.dtype)
-def _experts_one_token(x, weights, chosen, gate_up, down):
+@experts.fused(when=lambda x, weights, chosen, gate_up, down, shared=None: len(x) == 1 and infers(x) and down.dtype == x.dtype)
+def _experts_one_token(x, weights, chosen, gate_up, down, shared=None):
     """Generation, batch 1: k matrix-vector products each way, which read the chosen experts' weights and nothing else."""
     chosen = chosen[0].tolist()
     h = swiglu(torch.stack([matvec(gate_up[e], x[0]) for e in chosen])).mul_(weights.T)                            # (k,F)
-    return sum(matvec(down[e], h_) for e, h_ in zip(chosen, h.unbind())).unsqueeze(0)
+    return sum((matvec(down[e], h_) for e, h_ in zip(chosen, h.unbind())), 0 if shared is None else shared[0]).unsqueeze(0)
 
 
-def by_grouped_mm(x, weights, chosen, gate_up, down):
+def by_grouped_mm(x, weights, chosen, gate_up, down, shared=None):
     """In generation, where the loop's call overhead would dominate, and on accelerators without Triton."""
     generates = x.device.type == "cpu" and chosen.numel() <= 512 and not torch.is_grad_enabled()
     elsewhere = x.device.type != "cpu" and not on_gpu(x)
@@ -652,8 +636,9 @@ def by_grouped_mm(x, weights, chosen, gate_up, down):
 
 
 @torch.library.custom_op("ling::experts", mutates_args=())
-def _experts_in_graph(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """For torch.compile, whose graphs have no room for shapes that depend on the routing: one opaque node that runs the op as without it."""
+def _experts_in_graph(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor,
+                      down: torch.Tensor) -> torch.Tensor:
+    """For torch.compile, whose graphs have no room for shapes that depend on the routing: one opaque node that runs the op as it is."""
     return experts(x, weights, chosen, gate_up, down)
 
 
@@ -678,13 +663,14 @@ _experts_in_graph.register_autograd(_experts_graph_gradient, setup_context=lambd
 
 
 @experts.fused(when=lambda *_: torch.compiler.is_compiling())
-def _experts_compiled(x, weights, chosen, gate_up, down):
+def _experts_compiled(x, weights, chosen, gate_up, down, shared=None):
     x, gate_up, down = autocast(x, gate_up, down)
-    return _experts_in_graph(x, weights, chosen, gate_up, down)
+    y = _experts_in_graph(x, weights, chosen, gate_up, down)
+    return y if shared is None else y + shared
 
 
 @experts.fused(when=by_grouped_mm)
-def _experts_grouped_mm(x, weights, chosen, gate_up, down):
+def _experts_grouped_mm(x, weights, chosen, gate_up, down, shared=None):
     """torch's own grouped matmul, which reads the active experts only."""
     dtype, (T, k) = x.dtype, chosen.shape
     x, gate_up, down = autocast(x, gate_up, down)
@@ -693,28 +679,26 @@ def _experts_grouped_mm(x, weights, chosen, gate_up, down):
     h = F.grouped_mm(x.index_select(0, order // k), gate_up.transpose(1, 2), offs=ends)
     h = swiglu.reference(h) * weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
     y = F.grouped_mm(h, down.transpose(1, 2), offs=ends)
-    return torch.zeros_like(y).index_copy(0, order, y).view(T, k, -1).sum(1).to(dtype)
+    y = torch.zeros_like(y).index_copy(0, order, y).view(T, k, -1).sum(1).to(dtype)
+    return y if shared is None else y + shared
 
 
 @experts.fused(when=lambda x, *_: on_cpu(x))
 class _Experts(torch.autograd.Function):
-    def __new__(cls, *args):
-        return cls.apply(*args)
-
     @staticmethod
-    def forward(ctx, x, weights, chosen, gate_up, down):
+    def forward(ctx, x, weights, chosen, gate_up, down, shared=None):
         flat = chosen.flatten()                                                              # (T*k,)
         order = torch.from_numpy(flat.to(torch.int16).numpy().argsort(kind="stable"))        # a radix sort: a tenth of torch's time
         counts, token = torch.bincount(flat, minlength=len(down)).tolist(), order // chosen.shape[1]
         w = weights.to(x.dtype).flatten().index_select(0, order).unsqueeze(-1)               # (T*k,1)
-        pre, y = x.new_empty(len(order), gate_up.shape[1]), torch.zeros_like(x)
+        pre, y = x.new_empty(len(order), gate_up.shape[1]), torch.zeros_like(x) if shared is None else shared.to(x.dtype, copy=True)
         for t, w_, pre_, gate_up_, down_ in zip(                                             # one expert: t (n,), pre_ (n,2F)
                 *(rows.split(counts) for rows in (token, w, pre)), gate_up.mT.unbind(), down.mT.unbind()):
             torch.mm(x.index_select(0, t), gate_up_, out=pre_)
             gate, up = pre_.chunk(2, dim=1)
             y.index_add_(0, t, torch.mm(F.silu(gate).mul_(up).mul_(w_), down_))              # weight F columns, not D
         ctx.save_for_backward(x, w, order, pre, gate_up, down)
-        ctx.counts, ctx.k, ctx.dtype = counts, chosen.shape[1], weights.dtype
+        ctx.counts, ctx.k, ctx.dtype, ctx.shared = counts, chosen.shape[1], weights.dtype, shared is not None
         return y
 
     @staticmethod
@@ -723,7 +707,8 @@ class _Experts(torch.autograd.Function):
         token, dx, dw = order // ctx.k, torch.zeros_like(x), torch.empty_like(w)
         dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
         for t, w_, pre_, dw_, gate_up_, down_, dgate_up_, ddown_ in zip(
-                *(rows.split(ctx.counts) for rows in (token, w, pre, dw.squeeze(1))), *(m.unbind() for m in (gate_up, down, dgate_up, ddown))):
+                *(rows.split(ctx.counts) for rows in (token, w, pre, dw.squeeze(1))),
+                *(m.unbind() for m in (gate_up, down, dgate_up, ddown))):
             dye = dy.index_select(0, t)                                                      # (n,D)
             gate, up = pre_.chunk(2, dim=1)
             activation, dh = F.silu(gate), torch.mm(dye, down_)                              # (n,F); dh before the weight
@@ -734,12 +719,13 @@ class _Experts(torch.autograd.Function):
             torch.mm(dpre.T, torch.index_select(x, 0, t, out=dye), out=dgate_up_)
             dx.index_add_(0, t, torch.mm(dpre, gate_up_, out=dye))
         dw = torch.empty_like(dw).index_copy_(0, order, dw).view(-1, ctx.k).to(ctx.dtype)
-        return dx, dw, None, dgate_up, ddown
+        return dx, dw, None, dgate_up, ddown, dy if ctx.shared else None
 
 
 # On a GPU: a counting sort, then four grouped matmuls with the gathers in their prologues and SwiGLU, its gradient and the routing
 # weight's in their epilogues, and a sum of k gathered rows. Saved: x, the pre-activations and the routing, as on a CPU. The routing
-# weight multiplies F columns before the down matmul, so one kernel sums rows forward and backward. Not yet measured on a GPU.
+# weight multiplies F columns before the down matmul, so one kernel sums rows forward (and the shared experts' output with them) and
+# backward, and grouped_mm with its separate SwiGLU has no place left where Triton runs. Not yet measured on a GPU.
 
 @jit
 def count_kernel(keys, counts, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
@@ -750,7 +736,7 @@ def count_kernel(keys, counts, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.c
 
 
 @jit
-def place_kernel(keys, ends, order, place, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
+def place_kernel(keys, ends, order, place, offsets, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
     block, e = tl.program_id(0), tl.arange(0, EP)
     r = block * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(keys + r, mask=r < R, other=EP).to(tl.int32)
@@ -760,6 +746,7 @@ def place_kernel(keys, ends, order, place, R, E: tl.constexpr, EP: tl.constexpr,
     to = tl.sum(hit * (start[None, :] + tl.cumsum(hit, 0) - 1), 1)
     tl.store(order + to, r, mask=r < R)
     tl.store(place + r, to, mask=r < R)
+    tl.store(offsets + e + 1, end, mask=(e < E) & (block == tl.num_programs(0) - 1))
 
 
 def plan(chosen, E, BLOCK=64):
@@ -767,40 +754,36 @@ def plan(chosen, E, BLOCK=64):
     int32, where each expert's rows begin. No sync."""
     R, EP = chosen.numel(), pow2(E)
     blocks = cdiv(R, BLOCK)
-    counts = torch.empty(E, blocks, dtype=torch.int32, device=chosen.device)
+    counts, offsets = chosen.new_empty(E, blocks, dtype=torch.int32), chosen.new_zeros(E + 1, dtype=torch.int32)
     order, place = chosen.new_empty(2, R, dtype=torch.int32)
     launch(count_kernel, (blocks,), chosen, counts, R, E=E, EP=EP, BLOCK=BLOCK)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
-    launch(place_kernel, (blocks,), chosen, ends, order, place, R, E=E, EP=EP, BLOCK=BLOCK)
-    offsets = torch.zeros(E + 1, dtype=torch.int32, device=chosen.device)
-    offsets[1:] = ends.view(E, blocks)[:, -1]
+    launch(place_kernel, (blocks,), chosen, ends, order, place, offsets, R, E=E, EP=EP, BLOCK=BLOCK)
     return order, place, offsets
 
 
 @jit
-def tile_rows(offsets, tile, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
-    """Rows sorted by expert are cut into tiles of BM that never straddle two experts -> of this tile: expert (E or more: there
-    is no such tile), first row, end of the expert's rows."""
-    e = tl.arange(0, EP)
+def tile_rows(offsets, blocks, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """Rows sorted by expert are cut into tiles of BM that never straddle two experts, and these into blocks of columns -> of this
+    program: expert (E or more: nothing to do), its first row, where the expert's rows end, its block of columns."""
+    tile, e = tl.program_id(0) // blocks, tl.arange(0, EP)
     start = tl.load(offsets + e, mask=e < E, other=0)
     end = tl.load(offsets + e + 1, mask=e < E, other=0)
     tiles = (end - start + BM - 1) // BM
     upto = tl.cumsum(tiles, 0)
     expert = tl.sum((upto <= tile).to(tl.int32), 0)
     mine = e == expert
-    return expert, tl.sum(tl.where(mine, start + (tile - upto + tiles) * BM, 0), 0), tl.sum(tl.where(mine, end, 0), 0)
+    first, end = tl.sum(tl.where(mine, start + (tile - upto + tiles) * BM, 0), 0), tl.sum(tl.where(mine, end, 0), 0)
+    return expert, first, end, tl.program_id(0) % blocks
 
 
 @jit
 def up_kernel(x, order, weights, w, h, z, offsets, D: tl.constexpr, F: tl.constexpr, k: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
               EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """h = [x[token] gate^T, x[token] up^T], z = weight * silu(gate half) * up half."""
-    blocks = tl.cdiv(F, BN)
-    expert, first, end = tile_rows(offsets, tl.program_id(0) // blocks, E, EP, BM)
+    expert, first, end, block = tile_rows(offsets, tl.cdiv(F, BN), E, EP, BM)
     if expert < E:
-        m = first + tl.arange(0, BM)
-        n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-        c = tl.arange(0, BK)
+        m, n, c = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         choice = tl.load(order + m, mask=m < end, other=0)
         xs = x + (choice // k).to(tl.int64)[:, None] * D + c[None, :]
         ws = w + expert.to(tl.int64) * 2 * F * D + n[None, :] * D + c[:, None]
@@ -823,12 +806,9 @@ def up_kernel(x, order, weights, w, h, z, offsets, D: tl.constexpr, F: tl.conste
 def matmul_kernel(a, w, y, offsets, K, N, w_n, w_k, E: tl.constexpr, EP: tl.constexpr, EVEN: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """y = a w[expert]^T; w_n and w_k are w's strides, so that a transposed w needs no copy."""
-    blocks = tl.cdiv(N, BN)
-    expert, first, end = tile_rows(offsets, tl.program_id(0) // blocks, E, EP, BM)
+    expert, first, end, block = tile_rows(offsets, tl.cdiv(N, BN), E, EP, BM)
     if expert < E:
-        m = first + tl.arange(0, BM)
-        n = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
-        c = tl.arange(0, BK)
+        m, n, c = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         rows = m.to(tl.int64)[:, None]
         as_ = a + rows * K + c[None, :]
         ws = w + expert.to(tl.int64) * N * K + n[None, :] * w_n + c[:, None] * w_k
@@ -861,13 +841,11 @@ def down_backward_kernel(dy, order, weights, w, h, dh, wz, dweights, offsets, D,
                          EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """dz = dy[token] w, then the gradient of the SwiGLU, of the routing weight (one partial sum per block of F), and weight * z again."""
     blocks = tl.cdiv(F, BN)
-    expert, first, end = tile_rows(offsets, tl.program_id(0) // blocks, E, EP, BM)
+    expert, first, end, block = tile_rows(offsets, blocks, E, EP, BM)
     if expert < E:
-        block = tl.program_id(0) % blocks
-        m, b, c = first + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+        m, n, c = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         choice = tl.load(order + m, mask=m < end, other=0)
         weight = tl.load(weights + choice, mask=m < end, other=0.0)[:, None]
-        n = block * BN + b
         ds = dy + (choice // k).to(tl.int64)[:, None] * D + c[None, :]
         ws = w + expert.to(tl.int64) * D * F + c[:, None].to(tl.int64) * F + n[None, :]
         acc = tl.zeros((BM, BN), tl.float32)
@@ -885,9 +863,9 @@ def down_backward_kernel(dy, order, weights, w, h, dh, wz, dweights, offsets, D,
 
 
 @jit
-def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
-                       EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """dw[e] (P,Q) = sum over the rows of expert e of a[row]^T b[row]; a gathered side is read by token. No rows: zeros."""
+def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A: tl.constexpr, EVEN: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """dw[e] (P,Q) = sum over the rows of expert e of a[row]^T b[row], one of the two read by token. No rows: zeros."""
     expert, blocks = tl.program_id(1).to(tl.int64), tl.cdiv(Q, BN)
     p = (tl.program_id(0) // blocks) * BM + tl.arange(0, BM)
     q = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
@@ -896,33 +874,32 @@ def weight_grad_kernel(a, b, order, dw, offsets, P, Q, k: tl.constexpr, GATHER_A
     for i in range(start, end, BK):
         row = i + tl.arange(0, BK)
         token = (tl.load(order + row, mask=row < end, other=0) // k).to(tl.int64)
-        a_row, b_row = token if GATHER_A else row.to(tl.int64), token if GATHER_B else row.to(tl.int64)
+        a_row, b_row = token if GATHER_A else row.to(tl.int64), row.to(tl.int64) if GATHER_A else token
         ok = (row < end)[:, None]
         acc = tl.dot(tl.trans(tl.load(a + a_row[:, None] * P + p[None, :], mask=ok & ((p < P) | EVEN)[None, :], other=0.0)),
-                     tl.load(b + b_row[:, None] * Q + q[None, :], mask=ok & ((q < Q) | EVEN)[None, :], other=0.0), acc, input_precision="ieee")
+                     tl.load(b + b_row[:, None] * Q + q[None, :], mask=ok & ((q < Q) | EVEN)[None, :], other=0.0), acc,
+                     input_precision="ieee")
     out, ok = dw + expert * P * Q + p[:, None].to(tl.int64) * Q + q[None, :], ((p < P)[:, None] & (q < Q)[None, :]) | EVEN
     tl.store(out, acc, mask=ok)
 
 
 @jit
-def combine_kernel(y, place, out, D, k: tl.constexpr, BD: tl.constexpr):
-    """out[t] = sum_j y[place[t,j]]: k rows gathered and added in fp32. Forward for the outputs, backward for dx."""
+def combine_kernel(y, place, shared, out, D, k: tl.constexpr, BD: tl.constexpr):
+    """out[t] = shared[t] + sum_j y[place[t,j]], in fp32. Forward for the outputs, backward for dx."""
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     acc = tl.zeros((BD,), tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + t * D + d, mask=d < D, other=0.0).to(tl.float32)
     for j in tl.static_range(k):
         acc += tl.load(y + tl.load(place + t * k + j).to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out + t * D + d, acc, mask=d < D)
 
 
-def experts_gpu(x, weights, chosen, gate_up, down):
-    """-> y (T,D), and what the backward needs."""
-    (T, D), (E, _, width), k = x.shape, down.shape, chosen.shape[1]
-    order, place, offsets = plan(chosen, E)
-    h, z, y, out = x.new_empty(T * k, 2 * width), x.new_empty(T * k, width), x.new_empty(T * k, D), torch.empty_like(x)
-    grouped("up", up_kernel, width, D, (x, order, weights, gate_up, h, z, offsets, D, width), T * k, E, k=k)
-    grouped("matmul", matmul_kernel, D, width, (z, down, y, offsets, width, D, width, 1), T * k, E)
-    launch(combine_kernel, (T, cdiv(D, min(512, pow2(D)))), y, place, out, D, k=k, BD=min(512, pow2(D)))
-    return out, (order, place, offsets, h)
+def combine(y, place, k, shared=None):
+    T, D, BD = len(y) // k, y.shape[1], min(512, pow2(y.shape[1]))
+    out = y.new_empty(T, D)
+    launch(combine_kernel, (T, cdiv(D, BD)), y, place, shared, out, D, k=k, BD=BD)
+    return out
 
 
 def grouped(name, kernel, columns, depth, args, rows, E, **constants):
@@ -947,9 +924,11 @@ def up_decode_kernel(x, weights, chosen, w, z, D, F, k: tl.constexpr, BN: tl.con
 
 
 @jit
-def down_decode_kernel(z, chosen, w, y, D, F, k: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def down_decode_kernel(z, chosen, w, shared, y, D, F, k: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """BN columns of one token's output: its k experts one after the other, summed in registers."""
     t, n, acc = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN), tl.zeros((BN,), tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + t * D + n, mask=n < D, other=0.0).to(tl.float32)
     for j in tl.static_range(k):
         rows = w + tl.load(chosen + t * k + j) * D * F + n[:, None] * F
         for i in range(0, F, BK):
@@ -959,47 +938,52 @@ def down_decode_kernel(z, chosen, w, y, D, F, k: tl.constexpr, BN: tl.constexpr,
     tl.store(y + t * D + n, acc, mask=n < D)
 
 
-@experts.fused(when=lambda x, weights, chosen, gate_up, down: on_gpu(x) and chosen.numel() <= 64 and not torch.is_grad_enabled())
-def _experts_decode_gpu(x, weights, chosen, gate_up, down):
+@experts.fused(when=lambda x, weights, chosen, *_: on_gpu(x) and chosen.numel() <= 64 and not torch.is_grad_enabled())
+def _experts_decode_gpu(x, weights, chosen, gate_up, down, shared=None):
     """Generation: two launches of static shape, which a CUDA graph can hold, that read the chosen experts' weights once per choice."""
-    x, gate_up, down = autocast(x.contiguous(), gate_up, down)
-    (T, D), width, k = x.shape, down.shape[2], chosen.shape[1]
-    z, y, weights, chosen = x.new_empty(T * k, width), torch.empty_like(x), weights.contiguous(), chosen.contiguous()
+    (x,), (T, k), (_, D, width) = autocast(x.contiguous()), chosen.shape, down.shape
+    weights, chosen, shared = (t if t is None else t.contiguous() for t in (weights, chosen, shared))
+    z, y = x.new_empty(T * k, width), torch.empty_like(x)
     launch(up_decode_kernel, (T * k, cdiv(width, 16)), x, weights, chosen, gate_up, z, D, width, k=k, BN=16, BK=min(256, pow2(D)))
-    launch(down_decode_kernel, (T, cdiv(D, 16)), z, chosen, down, y, D, width, k=k, BN=16, BK=min(256, pow2(width)))
+    launch(down_decode_kernel, (T, cdiv(D, 16)), z, chosen, down, shared, y, D, width, k=k, BN=16, BK=min(256, pow2(width)))
     return y
 
 
 @experts.fused(when=lambda x, *_: on_gpu(x))
-def _experts_gpu(x, weights, chosen, gate_up, down):
-    x, gate_up, down = autocast(x, gate_up, down)
-    return _ExpertsGPU.apply(x.contiguous(), weights.contiguous(), chosen.contiguous(), gate_up, down)
-
-
 class _ExpertsGPU(torch.autograd.Function):
+    """Casts for autocast itself, so that gradients of fp32 weights are written once, in fp32, straight from the accumulators: 4 bytes a
+    weight instead of 8. Over micro-batches autograd adds them, 12 bytes more. A kernel that adds into .grad would move 8 instead of 16, but
+    then autograd.grad would change .grad, and under FSDP2's mixed precision there is none to add to. Larger micro-batches cost nothing."""
+
     @staticmethod
-    def forward(ctx, x, weights, chosen, gate_up, down):
-        y, saved = experts_gpu(x, weights, chosen, gate_up, down)
-        ctx.save_for_backward(x, weights, gate_up, down, *saved)
-        return y
+    def forward(ctx, x, weights, chosen, gate_up, down, shared=None):
+        ctx.dtypes, ctx.shared = (gate_up.dtype, down.dtype), shared is not None
+        (E, D, width), R, k = down.shape, chosen.numel(), chosen.shape[1]
+        (x,), weights = autocast(x.contiguous()), weights.contiguous()
+        gate_up, down, (order, place, offsets) = gate_up.to(x.dtype), down.to(x.dtype), plan(chosen.contiguous(), E)
+        h, z, y = x.new_empty(R, 2 * width), x.new_empty(R, width), x.new_empty(R, D)
+        grouped("up", up_kernel, width, D, (x, order, weights, gate_up, h, z, offsets, D, width), R, E, k=k)
+        grouped("matmul", matmul_kernel, D, width, (z, down, y, offsets, width, D, width, 1), R, E)
+        ctx.save_for_backward(x, weights, gate_up, down, order, place, offsets, h)
+        return combine(y, place, k, shared.contiguous() if ctx.shared else None)
 
     @staticmethod
     def backward(ctx, dy):
         x, weights, gate_up, down, order, place, offsets, h = ctx.saved_tensors
-        (T, D), (E, _, width), k, dy = x.shape, down.shape, weights.shape[1], dy.contiguous()
-        dh, wz, dx = torch.empty_like(h), x.new_empty(T * k, width), torch.empty_like(x)
-        blocks = cdiv(width, tile("down_backward", T * k // E, x.dtype)["BN"])
+        (T, k), (E, D, width), R, dy = weights.shape, down.shape, len(h), dy.contiguous()
+        dh, wz, da = torch.empty_like(h), x.new_empty(R, width), x.new_empty(R, D)
+        blocks = cdiv(width, tile("down_backward", R // E, x.dtype)["BN"])
         dweights = torch.empty(T, k, blocks, dtype=torch.float32, device=x.device)           # no atomics: a partial sum per block
-        grouped("down_backward", down_backward_kernel, width, D, (dy, order, weights, down, h, dh, wz, dweights, offsets, D, width), T * k, E, k=k)
-        ddown, dgate_up, da = torch.empty_like(down), torch.empty_like(gate_up), x.new_empty(T * k, D)
-        c = tile("weight_grad", T * k // E, x.dtype)
-        for dw, a, b, gathers in ((ddown, dy, wz, (True, False)), (dgate_up, dh, x, (False, True))):
-            (P, Q), (GATHER_A, GATHER_B) = dw.shape[1:], gathers
-            launch(weight_grad_kernel, (cdiv(P, c["BM"]) * cdiv(Q, c["BN"]), E), a, b, order, dw, offsets, P, Q, k=k,
-                   GATHER_A=GATHER_A, GATHER_B=GATHER_B, EVEN=P % c["BM"] == Q % c["BN"] == 0, **c)
-        grouped("matmul", matmul_kernel, D, 2 * width, (dh, gate_up, da, offsets, 2 * width, D, 1, D), T * k, E)
-        launch(combine_kernel, (T, cdiv(D, min(512, pow2(D)))), da, place, dx, D, k=k, BD=min(512, pow2(D)))
-        return dx, dweights.sum(-1).to(weights.dtype), None, dgate_up, ddown
+        tensors = dy, order, weights, down, h, dh, wz, dweights, offsets
+        grouped("down_backward", down_backward_kernel, width, D, (*tensors, D, width), R, E, k=k)
+        dgate_up, ddown = (torch.empty_like(w, dtype=dtype) for w, dtype in zip((gate_up, down), ctx.dtypes))
+        c = tile("weight_grad", R // E, x.dtype)
+        for dw, a, b, GATHER_A in ((ddown, dy, wz, True), (dgate_up, dh, x, False)):         # of a and b, the tokens' side is gathered
+            P, Q = dw.shape[1:]
+            launch(weight_grad_kernel, (cdiv(P, c["BM"]) * cdiv(Q, c["BN"]), E), a, b, order, dw, offsets, P, Q, k=k, GATHER_A=GATHER_A,
+                   EVEN=P % c["BM"] == Q % c["BN"] == 0, **c)
+        grouped("matmul", matmul_kernel, D, 2 * width, (dh, gate_up, da, offsets, 2 * width, D, 1, D), R, E)
+        return combine(da, place, k), dweights.sum(-1).to(weights.dtype), None, dgate_up, ddown, dy if ctx.shared else None
 
 
 @case("experts")
@@ -1130,14 +1114,19 @@ def _(scale=1, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------------------------
 # parity and speed
 
-def grads(fn, args):
-    """Outputs and gradients of fn for a fixed cotangent, as a flat list; the inputs are detached copies."""
+def leaves(args):
+    """Copies of the arguments for a gradient of their own, and those that get one."""
     args = [a.detach().clone().requires_grad_(a.is_floating_point()) if torch.is_tensor(a) else a for a in args]
+    return args, [a for a in args if torch.is_tensor(a) and a.requires_grad]
+
+
+def grads(fn, args):
+    """Outputs and gradients of fn for a fixed cotangent, as a flat list."""
+    args, inputs = leaves(args)
     out = fn(*args)
     out = [o for o in (out if isinstance(out, tuple) else (out,)) if o.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
-    inputs = [a for a in args if torch.is_tensor(a) and a.requires_grad]
     return out + [g for g in torch.autograd.grad(out, inputs, cotangents, allow_unused=True) if g is not None]
 
 
@@ -1152,8 +1141,8 @@ def parity(name, scale=8, device="cpu"):
     args = to_device(CASES[name](scale), device)
     to64 = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     exact = grads(OPS[name].reference, to64)
-    worst = lambda got: max(float((g - e).detach().abs().max() / e.detach().abs().max().clamp(min=1e-30)) for g, e in zip(got, exact, strict=True))
-    return worst(grads(OPS[name], args)), worst(grads(OPS[name].reference, args))
+    error = lambda got, want: float((got - want).detach().abs().max() / want.detach().abs().max().clamp(min=1e-30))
+    return tuple(max(map(error, grads(fn, args), exact)) for fn in (OPS[name], OPS[name].reference))
 
 
 def bench(fns, repeats=15):
@@ -1175,8 +1164,7 @@ def bench(fns, repeats=15):
 
 def step(fn, args):
     """A callable that runs fn forward and backward once."""
-    args = [a.detach().clone().requires_grad_(a.is_floating_point()) if torch.is_tensor(a) else a for a in args]
-    inputs = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    args, inputs = leaves(args)
 
     def run():
         out = fn(*args)
@@ -1192,10 +1180,10 @@ def official_experts(x, weights, chosen, gate_up, down):
     """The official modelling file's training path, as a yardstick: one row per choice, a boolean mask per expert."""
     rows, flat = x.repeat_interleave(chosen.shape[1], dim=0), chosen.flatten()
     y = torch.empty_like(rows)
-    for e in range(gate_up.shape[0]):
-        gate, up = gate_up[e].chunk(2)
+    for e, (gate_up_, down_) in enumerate(zip(gate_up.unbind(), down.unbind())):
+        gate, up = gate_up_.chunk(2)
         h = rows[flat == e]
-        y[flat == e] = F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down[e])
+        y[flat == e] = F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down_)
     return (y.unflatten(0, chosen.shape) * weights.unsqueeze(-1)).sum(1)
 
 
@@ -1221,60 +1209,18 @@ def gpu_twins(x, D=2048, E=256, k=8, width=512, V=157184):
     """Calls every GPU twin forward and backward, at Ling-mini-2.0's shapes; x (T,D) on any device, "meta" included."""
     T, new = len(x), lambda *shape, dtype=x.dtype: torch.empty(*shape, dtype=dtype, device=x.device)
     logits, chosen = new(T, E, dtype=torch.float32), new(T, k, dtype=torch.int64)
-    experts_args = (x, new(T, k, dtype=torch.float32), chosen, new(E, 2 * width, D), new(E, D, width))
+    experts_args = [(x, new(T, k, dtype=torch.float32), chosen, new(E, 2 * width, D, dtype=dtype), new(E, D, width, dtype=dtype), shared)
+                    for dtype, shared in ((x.dtype, x), (torch.float32, None))]              # fp32 weights: training under autocast
     for scoring, bias in (("sigmoid", new(E, dtype=torch.float32)), ("softmax", None)):
-        grads(_RouteGPU, (logits, bias, k, 8 if bias is not None else 1, 4 if bias is not None else 1, scoring, True, 2.5))
-    grads(_ExpertsGPU.apply, experts_args)
-    _experts_decode_gpu(*(t[:8] if t is not None and len(t) == T else t for t in experts_args))
+        grads(_RouteGPU.apply, (logits, bias, k, 8 if bias is not None else 1, 4 if bias is not None else 1, scoring, True, 2.5))
+    for args in experts_args:
+        grads(_ExpertsGPU.apply, args)
+    _experts_decode_gpu(*(t[:8] if len(t) == T else t for t in experts_args[0]))
     tables = new(4096, 128, dtype=torch.float32)
     for weight in (new(20, 128), None):
-        grads(_RopeGPU, (new(T // 4096, 4096, 20, 128), tables, tables, 64, weight, 1e-6))
-    grads(_SwiGLUGPU, (new(T, 2 * width),))
+        grads(_RopeGPU.apply, (new(T // 4096, 4096, 20, 128), tables, tables, 64, weight, 1e-6))
+    grads(_SwiGLUGPU.apply, (new(T, 2 * width),))
     grads(_linear_cross_entropy_gpu, (x, new(V, D), new(T, dtype=torch.int64), False))
-
-
-def gpu_bench(device="cuda", dtype=torch.bfloat16, cases=((8192, 2048, 256, 8, 512), (32768, 2048, 256, 8, 512), (32768, 2048, 128, 8, 768)),
-              vocabulary=157184, repeats=15):
-    """Forward and backward of each GPU twin beside its rivals, random data, medians taken in turn: ms, TFLOP/s and memory that the
-    MoE layer saves; the other ops against their definitions, eager and compiled. Fails on a host sync or on bits that change."""
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else device}")
-    new = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-    for T, D, E, k, width in cases:
-        for name, skew in (("balanced", 0.0), ("skewed", 0.5)):
-            chosen = (torch.rand(T, E, device=device) + skew * torch.linspace(0, 1, E, device=device)).topk(k).indices
-            args = [new(T, D), torch.rand(T, k, device=device), chosen, new(E, 2 * width, D) / D ** 0.5, new(E, D, width) / width ** 0.5]
-            saved = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-                _experts_gpu(*[a.requires_grad_() if a.is_floating_point() else a for a in args])
-            kept = {t.data_ptr(): t.nbytes for t in saved if not any(t is a for a in args)}
-            compiled = torch.compile(_experts_grouped_mm)
-            ms = bench({"ours": step(_experts_gpu, args), "grouped_mm": step(_experts_grouped_mm, args), "compiled grouped_mm": step(compiled, args)}, repeats)
-            flops = 18 * T * k * D * width
-            print(f"experts T{T} D{D} E{E} k{k} F{width} {name}: " + ", ".join(f"{who} {t:.2f} ms {flops / t / 1e9:.0f} TFLOP/s" for who, t in ms.items())
-                  + f"; saved {sum(kept.values()) / 1e6:.0f} MB", flush=True)
-    if device == "cuda":                                         # after the warm-up above: compiling a kernel does sync
-        run = step(_experts_gpu, args)
-        torch.cuda.set_sync_debug_mode("error")
-        run()
-        torch.cuda.set_sync_debug_mode("default")
-    first, second = (grads(_experts_gpu, args) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second)), "experts: two runs of one input differ"
-    T, D = cases[0][:2]
-    x, weight, targets = new(T, D), new(vocabulary, D) / D ** 0.5, torch.randint(0, vocabulary, (T,), device=device)
-
-    def matmuls():
-        for rows in x.split(2048):
-            logits = rows @ weight.T
-            logits @ weight, logits.T @ rows
-    ms = bench({"ours": step(_linear_cross_entropy_gpu, (x, weight, targets, False)), "its three matmuls": matmuls}, repeats)
-    print(f"linear_cross_entropy T{T} V{vocabulary}: " + ", ".join(f"{who} {t:.2f} ms" for who, t in ms.items()))
-    E, k = cases[0][2:4]
-    for name, twin, args in (("route", _RouteGPU, (torch.randn(T, E, device=device), torch.randn(E, device=device), k, 4, 2, "sigmoid", True, 2.5)),
-                             ("rope", _RopeGPU, (new(1, T, 20, 128), *torch.rand(2, T, 128, device=device), 64, new(20, 128), 1e-6)),
-                             ("swiglu", _SwiGLUGPU, (new(T, 4 * D),))):
-        reference = OPS[name].reference
-        ms = bench({"ours": step(twin, args), "definition": step(reference, args), "compiled definition": step(torch.compile(reference), args)}, repeats)
-        print(f"{name}: " + ", ".join(f"{who} {t:.3f} ms" for who, t in ms.items()), flush=True)
 
 
 def compile_one(job):
@@ -1295,8 +1241,8 @@ def compile_one(job):
     shape = " ".join(str(value) for key, value in constants.items() if key in ("BM", "BN", "BK")).replace(" ", "x")
     if backend == "hip":
         text = compiled.asm["amdgcn"]
-        number = lambda key: max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text)))
-        return name, arch, shape, number("vgpr_count"), compiled.metadata.shared >> 10, number("vgpr_spill_count"), len(re.findall("v_mfma", text))
+        most, mfma = lambda key: max(map(int, re.findall(rf"\.{key}:\s*(\d+)", text))), len(re.findall("v_mfma", text))
+        return name, arch, shape, most("vgpr_count"), compiled.metadata.shared >> 10, most("vgpr_spill_count"), mfma
     tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump*"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -1333,7 +1279,8 @@ def compile_check():
         jobs[repr(job)] = job
 
     launch = record
-    for name, target in (("ampere", ("cuda", 80, 32)), ("hopper", ("cuda", 90, 32)), ("hopper", ("cuda", 100, 32)), ("amd", ("hip", "gfx942", 64))):
+    for name, target in (("ampere", ("cuda", 80, 32)), ("hopper", ("cuda", 90, 32)), ("hopper", ("cuda", 100, 32)),
+                         ("amd", ("hip", "gfx942", 64))):
         family = lambda name=name: name
         for T in (8192, 32768):
             gpu_twins(torch.empty(T, 2048, dtype=torch.bfloat16, device="meta"))
@@ -1355,6 +1302,7 @@ def main():
         if triton is None or not torch.cuda.is_available():
             print("--bench needs a GPU that Triton can use", file=sys.stderr)
             return 2
+        from test_ling import gpu_bench                         # it needs whole models, which this file knows nothing of
         return gpu_bench()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, LING_KERNELS={MODE}; fp32, forward and backward, "

@@ -499,9 +499,9 @@ class Experts(nn.Module):
         self.gate_up, self.down = nn.Parameter(torch.empty(E, 2 * width, D)), nn.Parameter(torch.empty(E, D, width))
         self.group = None
 
-    def forward(self, x, weights, chosen):                                                   # (T,D), (T,k), (T,k) -> (T,D)
+    def forward(self, x, weights, chosen, shared):                                           # (T,D), (T,k), (T,k), (T,D) or None -> (T,D)
         if self.group is None:
-            return experts(x, weights, chosen, self.gate_up, self.down)
+            return experts(x, weights, chosen, self.gate_up, self.down, shared)
         # Expert parallelism, dropless: rows go to the rank that holds their expert, whatever number that is, and come back. A rank
         # without a row still takes part in every exchange.
         (T, k), E, x = chosen.shape, len(self.gate_up), autocast(x)[0]
@@ -516,7 +516,8 @@ class Experts(nn.Module):
         mine = torch.arange(E // ranks, device=x.device).repeat(ranks).repeat_interleave(arriving, output_size=len(rows))   # (R,)
         y = experts(rows, scale.unsqueeze(1), mine.unsqueeze(1), self.gate_up.to_local(), self.down.to_local())   # 3 compute, weighted
         y = AllToAll.apply(y, receives, sends, self.group)                                   # 4 return: (T*k,D)
-        return torch.empty_like(y).index_copy(0, order, y).view(T, k, -1).sum(1)             # 5 sum of each token's k rows
+        y = torch.empty_like(y).index_copy(0, order, y).view(T, k, -1).sum(1)                # 5 sum of each token's k rows
+        return y if shared is None else y + shared
 
 
 class MoE(nn.Module):
@@ -531,9 +532,8 @@ class MoE(nn.Module):
     def forward(self, x, counted, warmup, share):
         h = x.flatten(0, 1)                                                                  # (T,D), T = B*S
         weights, chosen, routing = self.gate(h, counted, warmup, share)                      # 1 route: (T,k), (T,k)
-        y = self.experts(h, weights, chosen)                                                 # 2 sort, matmuls, weighted sum: (T,D)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(h)                                                   # 3 shared: weight 1, never scaled
+        shared = None if self.shared_experts is None else self.shared_experts(h)             # 2 shared: weight 1, never scaled
+        y = self.experts(h, weights, chosen, shared)                                         # 3 sort, matmuls, weighted sum, added: (T,D)
         return y.view_as(x), routing
 
 

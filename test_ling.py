@@ -4,6 +4,8 @@
 """
 import contextlib
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import io
 import json
@@ -32,7 +34,8 @@ import kernels
 import ling
 import sample
 import train
-from ling import PRESETS, BadInput, KVCache, Ling, LingConfig, Warmup, count_params, count_targets, update_expert_bias
+from ling import (PRESETS, BadInput, KVCache, Ling, LingConfig, Warmup, count_params, count_targets, flops_per_token,
+                  update_expert_bias)
 
 logging.disable(logging.INFO)                            # torch's checkpoint log would bury a failing test's own message
 torch.set_num_threads(1)                                 # two processes on two spinning cores would wait for each other
@@ -199,7 +202,12 @@ def test_experts_at_the_edges(T, k, choice, train):
     torch.manual_seed(0)
     E, D, width = 8, 24, 16
     chosen = torch.rand(T, E).topk(k).indices if choice == "random" else torch.arange(k).expand(T, k) + (4 if choice == "half" else 0)
-    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D), torch.randn(E, D, width))
+    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D), torch.randn(E, D, width),
+            torch.randn(D, T).T if T % 2 else None)              # with and without shared experts, whose output stays as it is
+    kept = [a if a is None else a.clone() for a in args]
+    with torch.set_grad_enabled(train):
+        kernels.experts(*args)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(args, kept))
     if train:
         for got, want in zip(kernels.grads(kernels.experts, args), kernels.grads(kernels.experts.reference, args), strict=True):
             assert worst(got, want) < 2e-5
@@ -242,7 +250,7 @@ def poisoned():
     """torch.empty holds NaN: an element that a kernel forgets to write shows."""
     if not HAS_TRITON:
         pytest.skip("GPU kernels untested: pip install --no-deps triton==3.7.1 (the interpreter needs no GPU)")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield "cuda" if torch.cuda.is_available() else "cpu"
     torch.use_deterministic_algorithms(False)
 
@@ -267,7 +275,7 @@ def test_gpu_route(T, E, k, groups, kept, scoring, norm, poisoned):
             assert (chosen.sort(1).values.diff(dim=1) > 0).all()
             return torch.zeros_like(scores).scatter(1, chosen, weights), scores
         return run
-    agree(by_expert(kernels._RouteGPU), by_expert(kernels.route.reference), [torch.randn(E, T).T], poisoned)
+    agree(by_expert(kernels._RouteGPU.apply), by_expert(kernels.route.reference), [torch.randn(E, T).T], poisoned)
 
 
 @pytest.mark.parametrize("T, k, E", [(37, 3, 5), (200, 2, 16), (1, 1, 8), (50, 8, 256), (70, 2, 2)])
@@ -282,13 +290,14 @@ def test_gpu_plan(T, k, E, poisoned):
 
 
 @pytest.mark.parametrize("T, k, E, D, width, choice", [
-    (37, 3, 5, 40, 24, "random"), (64, 2, 4, 64, 32, "random"), (1, 1, 8, 24, 16, "random"), (33, 2, 8, 20, 20, "one"), (2, 8, 256, 24, 20, "random")])
+    (37, 3, 5, 40, 24, "random"), (64, 2, 4, 64, 32, "random"), (1, 1, 8, 24, 16, "random"), (33, 2, 8, 20, 20, "one"), (2, 8, 256, 8, 8, "random")])
 def test_gpu_experts(T, k, E, D, width, choice, poisoned):
     """A tile that straddles two experts, columns past an odd width, empty experts, every token on the same ones, top-1, one token."""
     torch.manual_seed(0)
     chosen = torch.rand(T, E).topk(k).indices if choice == "random" else torch.arange(k).expand(T, k)
-    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D) / D ** 0.5, torch.randn(E, D, width) / width ** 0.5)
-    agree(kernels._experts_gpu, kernels.experts.reference, args, poisoned)
+    args = (torch.randn(D, T).T, torch.rand(T, k), chosen, torch.randn(E, 2 * width, D) / D ** 0.5, torch.randn(E, D, width) / width ** 0.5,
+            torch.randn(D, T).T if T % 2 else None)
+    agree(kernels._ExpertsGPU.apply, kernels.experts.reference, args, poisoned)
     with torch.no_grad():
         assert worst(kernels._experts_decode_gpu(*args), kernels.experts.reference(*args)) < 1e-5
 
@@ -300,7 +309,7 @@ def test_gpu_rope(B, S, N, d, r, norm, poisoned):
     cos, sin = F.pad(angle.cos().repeat(1, 2), (0, d - r), value=1.0), F.pad(torch.cat([-angle.sin(), angle.sin()], 1), (0, d - r))
     heads = torch.randn(B, S, (N + 1) * d)[..., :N * d].unflatten(-1, (N, d))
     view = lambda fn: lambda x, *rest: fn(torch.cat([x, x[:, :, :1]], 2)[:, :, :N], *rest)
-    agree(view(kernels._RopeGPU), kernels.rope.reference, [heads, cos, sin, r, torch.rand(N, d) + 0.5 if norm else None, 1e-6], poisoned)
+    agree(view(kernels._RopeGPU.apply), kernels.rope.reference, [heads, cos, sin, r, torch.rand(N, d) + 0.5 if norm else None, 1e-6], poisoned)
 
 
 @pytest.mark.parametrize("T, V, norm_head", [(5, 77, True), (1, 32, False), (3, 200, False)])
@@ -312,7 +321,56 @@ def test_gpu_loss_and_swiglu(T, V, norm_head, poisoned):
     agree(kernels._linear_cross_entropy_gpu, kernels.linear_cross_entropy.reference, args, poisoned)
     chunks = lambda x, w, t, n: kernels._LinearCrossEntropy.apply(x, w, t, n, kernels.softmax_gradient_gpu, 0, 2)
     agree(chunks, kernels.linear_cross_entropy.reference, args, poisoned)
-    agree(kernels._SwiGLUGPU, kernels.swiglu.reference, [torch.randn(T, 2 * V)], poisoned)
+    agree(kernels._SwiGLUGPU.apply, kernels.swiglu.reference, [torch.randn(T, 2 * V)], poisoned)
+
+
+@pytest.fixture
+def as_on_gpu(poisoned, monkeypatch):
+    """Dispatch as a GPU has it, wherever the kernels run here."""
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    monkeypatch.setattr(kernels, "on_cpu", lambda x: False)
+    yield poisoned
+
+
+@pytest.mark.parametrize("fields", [LING1, LING2], ids=["ling1", "ling2"])
+def test_gpu_whole_model(fields, as_on_gpu, monkeypatch):
+    """A kernel that is right alone and wrong in company: loss, every gradient, and the next token's logits from a cache."""
+    model = Ling(LingConfig(**fields | dict(num_hidden_layers=2))).to(as_on_gpu)
+    tokens, targets = (t.to(as_on_gpu) for t in tokens_and_targets(2, 6))
+    results = []
+    for mode in ("torch", "auto"):
+        monkeypatch.setattr(kernels, "MODE", mode)
+        model.zero_grad()
+        out, cache = model(tokens, targets), KVCache(model.config, 2, 6)
+        out.loss.backward()
+        with torch.no_grad():
+            model(tokens[:, :5], cache=cache)
+            logits = model(tokens[:, 5:], cache=cache).logits
+        results.append([out.loss.detach(), logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(worst(got, want) < 2e-5 for want, got in zip(*results, strict=True))
+
+
+def test_gpu_under_autocast(poisoned, recwarn):
+    """Mixed precision that multiplies in fp32, rounds the experts' gradients to 16 bits on their way to fp32, or norms in seven passes."""
+    torch.manual_seed(0)
+    chosen = torch.rand(37, 5).topk(3).indices
+    args = [a.to(poisoned) for a in (torch.randn(37, 24), torch.rand(37, 3), chosen, torch.randn(5, 32, 24) / 5, torch.randn(5, 24, 16) / 4)]
+    want = kernels.grads(kernels.experts.reference, args)
+    with torch.autocast(poisoned, torch.float16):                # the interpreter cannot multiply bf16
+        got = kernels.grads(kernels._ExpertsGPU.apply, args)
+    assert got[0].dtype == torch.float16 and got[1].dtype == torch.float32 and worst(got[0].float(), want[0]) < 5e-3
+    for g, w in zip(got[-2:], want[-2:]):
+        assert g.dtype == torch.float32 and worst(g, w) < 5e-3 and not torch.equal(g, g.half().float())
+    x, weight = args[0].half(), torch.rand(24, device=poisoned)
+    with torch.autocast(poisoned, torch.float16):
+        got = kernels._rms_norm_gpu(x, weight, 1e-6)
+    assert got.dtype == torch.float16 and worst(got.float(), kernels.rms_norm.reference(x.float(), weight, 1e-6)) < 2e-3
+    assert not [w for w in recwarn if "fused implementation" in str(w.message)]
+
+
+def test_gpu_bench_runs(as_on_gpu, capsys):
+    """A benchmark that fails in its first minute on a borrowed GPU."""
+    assert gpu_bench(tiny=True) == 0, capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1321,6 +1379,255 @@ def bench(only=None):
     import resource
     print(f"peak resident memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB "
           "(python test_ling.py ling: of one model alone)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python kernels.py --bench: the GPU kernels against their goals
+
+def moe_floor(T, D, E, k, width, flops, bandwidth):
+    """Seconds of each fused kernel, forward (three) and backward, in the order of their launches: its matmuls at `flops` per second or
+    its bf16 bytes at `bandwidth`, whichever takes longer."""
+    x, y, h, z = 2 * T * D, 2 * T * k * D, 4 * T * k * width, 2 * T * k * width              # bytes
+    up, down, one = 4 * E * width * D, 2 * E * width * D, 2 * T * k * D * width
+    work = [(2 * one, x + up + h + z), (one, z + down + y), (0, y + x),                      # up and SwiGLU, down, combine
+            (one, x + down + 2 * h + z), (one, z + x + down), (2 * one, h + x + up), (2 * one, h + up + y), (0, y + x)]
+    return [max(n / flops, size / bandwidth) for n, size in work]
+
+
+def decode_floor(c, batch, context, bandwidth):
+    """Seconds of one token for each of `batch` rows: reading bf16 weights (of the experts that so many rows choose) and the cache."""
+    layers, expert = c.num_hidden_layers - c.first_k_dense_replace, 3 * c.hidden_size * c.moe_intermediate_size
+    idle = (1 - c.num_experts_per_tok / c.num_experts) ** batch
+    weights = count_params(c)["total"] - c.vocab_size * c.hidden_size - layers * c.num_experts * expert * idle
+    return 2 * (weights + batch * context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim) / bandwidth
+
+
+def random_model(fields, device, dtype):
+    with torch.device("meta"):
+        model = Ling(LingConfig(**fields))
+    for p in model.parameters():                                 # expert_bias, a buffer, stays fp32
+        p.data = p.data.to(dtype)
+    for name, t in model.to_empty(device=device).state_dict().items():
+        t.fill_(1.0) if name.endswith("norm.weight") else t.zero_() if name.endswith("bias") else t.normal_(0, 0.02)
+    return model
+
+
+def graphed(fn, device):
+    """fn captured in a CUDA graph: a callable that replays it."""
+    if device == "cpu":
+        return fn
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
+def hf_experts(name, D, E, k, width):
+    """transformers' experts as a function of our arguments; None where the package is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers.models.qwen3_moe import Qwen3MoeConfig, modeling_qwen3_moe
+    config = Qwen3MoeConfig(hidden_size=D, num_experts=E, num_experts_per_tok=k, moe_intermediate_size=width)
+    config._experts_implementation = name
+    with torch.device("meta"):
+        module = modeling_qwen3_moe.Qwen3MoeExperts(config)
+    return lambda x, weights, chosen, gate_up, down: torch.func.functional_call(
+        module, {"gate_up_proj": gate_up, "down_proj": down}, (x, chosen, weights.to(x.dtype)))
+
+
+def gpu_bench(tiny=False):
+    """One run of everything the GPU kernels have to show: goal, measured, fraction of the floor. Random bf16 data, medians taken in turn;
+    the floor follows from the card's own matmul and copy speed. What fails is reported and the rest goes on. tiny: the same code at toy
+    size on a CPU, which a test runs. Returns the number of failures."""
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.float32 if tiny else torch.bfloat16
+    compiler = (lambda fn: fn) if tiny else functools.partial(torch.compile, dynamic=False)  # fp32 grouped_mm does not compile
+    new = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+    time_ = (lambda fns, repeats=1: {name: (fn(), 1.0)[1] for name, fn in fns.items()}) if tiny else kernels.bench
+    mini, peak = (LING2 if tiny else PRESETS["ling-mini-2.0"]) | dict(num_nextn_predict_layers=0), {}
+    c = LingConfig(**mini)
+    D, E, k, width, V = c.hidden_size, c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.vocab_size
+
+    def ceilings():
+        n = 64 if tiny else 8192
+        a, b, c = new(n, n), new(n, n), new(1 << (16 if tiny else 29))
+        ms = time_({"matmul": lambda: torch.mm(a, b), "copy": lambda: c.clone()})
+        peak.update(flops=2e3 * n ** 3 / ms["matmul"], bandwidth=2e3 * c.nbytes / ms["copy"])
+        yield f"matmul {n}^3, TFLOP/s", "", peak["flops"] / 1e12, 1.0
+        yield "copy, TB/s read and written", "", peak["bandwidth"] / 1e12, 1.0
+
+    def each_kernel(run):
+        """[(name, milliseconds)] of the launches of one call."""
+        def tick():
+            event = torch.cuda.Event(enable_timing=True) if device == "cuda" else time.perf_counter()
+            return (event.record() or event) if device == "cuda" else event
+        spans, launch = [], kernels.launch
+        def timed(kernel, grid, *args, **constants):
+            start = tick()
+            launch(kernel, grid, *args, **constants)
+            spans.append((kernel.__name__, start, tick()))
+        kernels.launch = timed
+        try:
+            run()
+        finally:
+            kernels.launch = launch
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return [(name, start.elapsed_time(end) if device == "cuda" else 1e3 * (end - start)) for name, start, end in spans]
+
+    def moe(T, D, E, k, width, skew, goals):
+        """goals: over grouped_mm eager, compiled; TFLOP/s in all, forward; over an equal dense MLP, over the expert loop; saved bytes."""
+        shape = f"experts T{T} D{D} E{E} k{k} F{width} {'skewed' if skew else 'balanced'}"
+        chosen = (torch.rand(T, E, device=device) + skew * torch.linspace(0, 1, E, device=device)).topk(k).indices
+        args = [new(T, D), torch.rand(T, k, device=device), chosen, new(E, 2 * width, D) / D ** 0.5, new(E, D, width) / width ** 0.5]
+        ours, hf = kernels._ExpertsGPU.apply, hf_experts("grouped_mm", D, E, k, width)
+        rival, whose = (hf, "transformers") if hf else (kernels._experts_grouped_mm, "torch")
+        dense = lambda x, gate_up, down: kernels.swiglu.reference(x @ gate_up) @ down
+        fns = {"ours": kernels.step(ours, args), "eager": kernels.step(rival, args), "compiled": kernels.step(compiler(rival), args),
+               "dense": kernels.step(dense, (args[0], new(D, 2 * k * width) / D ** 0.5, new(k * width, D) / width ** 0.5))}
+        ms = time_(fns) | time_({"forward": torch.no_grad()(lambda: ours(*args))})
+        floors, flops = moe_floor(T, D, E, k, width, **peak), 18 * T * k * D * width
+        forward, whole = sum(floors[:3]), sum(floors)
+        yield f"{shape}, TFLOP/s", goals[2], flops / ms["ours"] / 1e9, 1e3 * whole / ms["ours"]
+        yield "  forward alone", goals[3], flops / 3 / ms["forward"] / 1e9, 1e3 * forward / ms["forward"]
+        for name, goal in zip(("eager", "compiled"), goals):
+            yield f"  times the speed of {whose}' grouped_mm, {name}", goal, ms[name] / ms["ours"], 1e3 * whole / ms[name]
+        yield "  times the speed of an equal dense MLP", goals[4], ms["dense"] / ms["ours"], flops / ms["dense"] * 1e3 / peak["flops"]
+        if goals[5]:
+            for (kernel, taken), floor in zip(each_kernel(fns["ours"]), [0, 0, *floors]):    # two for the plan
+                yield f"    {kernel}, milliseconds", "", taken, 1e3 * floor / taken
+            loop = time_({"loop": kernels.step(kernels.official_experts, args)}, 3)["loop"]
+            yield "  times the speed of the official expert loop", goals[5], loop / ms["ours"], 1e3 * whole / loop
+
+        def saved(fn):
+            inputs, sizes = kernels.leaves(args)[0], {}
+            keep = lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                fn(*inputs)
+            return sum(size for at, size in sizes.items() if at not in [w.data_ptr() for w in inputs[3:]])
+        yield f"  saved bytes over {whose}'", goals[6], saved(ours) / saved(rival), None
+
+    def guarantees():
+        layer, x = random_model(mini | dict(num_hidden_layers=2), device, dtype).layers[1].mlp, new(8 if tiny else 8192, D)
+        def run():
+            weights, chosen, _ = layer.gate(x.requires_grad_(), None, None)
+            y = layer.experts(x, weights, chosen, layer.shared_experts(x))
+            return y, *torch.autograd.grad(y, [x, *layer.parameters()], x.detach())
+        first = run()
+        try:
+            if device == "cuda":                                 # not in the first: compiling a kernel does sync
+                torch.cuda.set_sync_debug_mode("error")
+            second = run()
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        yield "MoE layer, forward and backward, without a host sync", ">= 1", 1, None
+        yield "  two runs, same bits", ">= 1", int(all(torch.equal(a, b) for a, b in zip(first, second))), None
+
+    def loss():
+        T = 6 if tiny else 8192
+        args = new(T, D), new(V, D) / D ** 0.5, torch.randint(0, V, (T,), device=device), False
+        x, w = args[:2]
+        def matmuls():
+            logits = x @ w.T
+            logits @ w, logits.T @ x
+        ours, definition = kernels.step(kernels._linear_cross_entropy_gpu, args), kernels.linear_cross_entropy.reference
+        ms = time_({"ours": ours, "matmuls": matmuls, "definition": kernels.step(definition, args)})
+        floor = 6 * T * D * V / peak["flops"] + 6 * T * V / peak["bandwidth"]                # three matmuls, logits read twice, written once
+        yield f"loss T{T} V{V}, times its three matmuls' time", "<= 1.15", ms["ours"] / ms["matmuls"], 1e3 * floor / ms["ours"]
+        yield "  times the speed of the definition", ">= 1.35", ms["definition"] / ms["ours"], 1e3 * floor / ms["definition"]
+        if device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            ours()
+            peak_bytes = torch.cuda.max_memory_allocated() - before - x.nbytes - w.nbytes
+            yield "  peak GiB above its gradients", "<= 2.5", peak_bytes / 2 ** 30, None
+
+    def small_ops():
+        T, d, N = 12 if tiny else 8192, c.head_dim, c.num_attention_heads + c.num_key_value_heads
+        tables, logits, bias = torch.rand(2, T, d, device=device), torch.randn(T, E, device=device), torch.randn(E, device=device)
+        for name, twin, args, size in (                          # size: bytes read and written, forward and backward
+                ("route", kernels._RouteGPU, (logits, bias, k, c.n_group, c.topk_group, "sigmoid", True, 2.5), 20 * T * E),
+                ("rope", kernels._RopeGPU, (new(1, T, N, d), *tables, d // 2, new(N, d), 1e-6), 10 * T * N * d),
+                ("swiglu", kernels._SwiGLUGPU, (new(T, 2 * D),), 16 * T * D)):
+            reference = kernels.OPS[name].reference
+            fns, floor = {"ours": twin.apply, "compiled": compiler(reference), "eager": reference}, 1e3 * size / peak["bandwidth"]
+            ms = time_({who: kernels.step(fn, args) for who, fn in fns.items()})
+            yield f"{name} T{T}, times the speed of its compiled definition", ">= 1", ms["compiled"] / ms["ours"], floor / ms["ours"]
+            yield "  of its definition", "", ms["eager"] / ms["ours"], floor / ms["eager"]
+
+    def training():
+        B, S, fields = *((1, 8) if tiny else (2, 4096)), mini | dict(num_hidden_layers=2 if tiny else 8)
+        tokens = torch.randint(0, V, (B, S + 1), device=device)
+        models = {name: random_model(f, device, dtype) for name, f in (("moe", fields), ("dense", train.dense_twin(fields)))}
+        def step(model):
+            def run():
+                model.zero_grad()
+                model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+            return run
+        ms = time_({name: step(model) for name, model in models.items()})
+        used = {name: 1e3 * B * S / ms[name] * flops_per_token(model.config, S) / peak["flops"] for name, model in models.items()}
+        yield f"8 layers of Ling-mini-2.0, forward and backward, {B} x {S}: tokens/s", "", 1e3 * B * S / ms["moe"], used["moe"]
+        yield "  times the speed of the dense model of equal active size", ">= 0.80", ms["dense"] / ms["moe"], used["dense"]
+
+    @torch.no_grad()
+    def decoding_experts(batch, goal):
+        weights, gate_up, down = torch.rand(batch, k, device=device), new(E, 2 * width, D), new(E, D, width)
+        x, routings = new(batch, D), torch.rand(2 if tiny else 16, batch, E, device=device).topk(k).indices   # more than a cache holds
+        many = lambda fn: graphed(lambda: [fn(x, weights, chosen, gate_up, down) for chosen in routings], device)
+        hf = hf_experts("batched_mm", D, E, k, width)
+        ms = time_({who: many(fn) for who, fn in (("ours", kernels.experts), ("hf", hf)) if fn})
+        floor = 1e3 * sum(len(chosen.unique()) for chosen in routings) * 6 * D * width / peak["bandwidth"]
+        yield f"experts decoding batch {batch}, captured: microseconds", "", 1e3 * ms["ours"] / len(routings), floor / ms["ours"]
+        if hf:
+            yield "  times the speed of transformers' batched_mm", goal, ms["hf"] / ms["ours"], floor / ms["hf"]
+
+    @torch.no_grad()
+    def decoding(batch, goal):
+        model, context = random_model(mini, device, dtype).eval(), 8 if tiny else 4096
+        cache, tokens = KVCache(c, batch, context + 1), torch.randint(0, V, (batch, 1), device=device)
+        cache.keys, cache.values = new(*cache.shape), new(*cache.shape)
+        def one():                                               # always the same position: a graph holds one shape
+            cache.length = context
+            return model(tokens, cache=cache).logits.argmax(-1)
+        ms, floor = time_({"captured": graphed(one, device), "eager": one}), 1e3 * decode_floor(c, batch, context, peak["bandwidth"])
+        for name, aim in (("captured", goal), ("eager", "")):
+            yield f"Ling-mini-2.0 decoding, {batch} x {context}, {name}: tokens/s", aim, 1e3 * batch / ms[name], floor / ms[name]
+
+    goals = [((8192, D, E, k, width), 0.0, [">= 1.8", ">= 1.2", ">= 280", "", "", ">= 20", "<= 0.22"]),
+             ((8192, D, E, k, width), 0.5, [""] * 7),
+             ((32768, D, E, k, width), 0.0, [">= 1.6", ">= 1.05", ">= 380", "", ">= 0.60", "", "<= 0.22"]),
+             ((32768, 2048, 128, 8, 768), 0.0, ["", "", ">= 340", ">= 430", "", "", ""])]
+    parts = [("ceilings", ceilings())]
+    for shape, skew, goal in goals if not tiny else [((8, D, E, k, width), 0.5, [">= 1"] * 7)]:
+        parts.append((f"experts {shape}, skew {skew}", moe(*shape, skew, goal)))
+    parts += [("guarantees", guarantees()), ("loss", loss()), ("small ops", small_ops()), ("training", training())]
+    for batch, tokens, times in ((1, ">= 900", ">= 1.5"), (8, "", ">= 2.2"), (32, ">= 3000", ">= 3"))[:1 if tiny else 3]:
+        parts += [(f"decoding experts, {batch}", decoding_experts(batch, times)), (f"decoding, {batch}", decoding(batch, tokens))]
+
+    versions = [f"{name} {importlib.import_module(name).__version__}" for name in ("torch", "triton", "transformers")
+                if importlib.util.find_spec(name)]
+    print(f"{', '.join(versions)}, CUDA {torch.version.cuda}, HIP {torch.version.hip}, "
+          f"{torch.cuda.get_device_name() if device == 'cuda' else device}; {dtype}, random data, medians taken in turn")
+    print(f"{'':84}{'goal':>9}{'measured':>11}{'of the floor':>14}")
+    failures = 0
+    for name, rows in parts:
+        try:
+            for what, goal, measured, fraction in rows:
+                sign = {"": 0, ">": 1, "<": -1}[goal[:1]]
+                verdict = "" if not goal else "met" if sign * measured >= sign * float(goal[3:]) else "missed"
+                print(f"{what:84}{goal:>9}{measured:11.4g}{'' if fraction is None else f'{fraction:.0%}':>14}  {verdict}", flush=True)
+        except Exception as error:                               # one that fails must not cost the others their minute on the GPU
+            failures += 1
+            print(f"{name}: FAILED, {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return failures
 
 
 if __name__ == "__main__":
