@@ -278,21 +278,27 @@ class Watch:
 
     def __init__(self, team, timeout):
         self.team, self.timeout, self.count, self.place, self.since = team, timeout, 0, "start", time.monotonic()
+        self.done, self.thread = threading.Event(), threading.Thread(target=self.watch, daemon=True)
         if team.size > 1:
             self.store = dist.TCPStore(team.store.host, team.store.port, timeout=datetime.timedelta(seconds=10))   # a connection of its own
-            threading.Thread(target=self.watch, daemon=True).start()
+            self.thread.start()
 
     def at(self, step, phase):
         """Called by all ranks in the same order, so that the least count is the furthest behind."""
         self.count, self.place, self.since = self.count + 1, f"step {step}, {phase}", time.monotonic()
 
+    def stop(self):
+        """Before the process ends: a thread inside the store would be an abort then."""
+        self.done.set()
+        if self.team.size > 1:
+            self.thread.join()
+
     def watch(self):
-        while True:
-            time.sleep(0.5)
+        while time.monotonic() - self.since <= self.timeout:
+            if self.done.wait(0.5):
+                return
             with contextlib.suppress(dist.DistError):
                 self.store.set(f"at/{self.team.rank}", f"{self.count} {self.place}")
-            if time.monotonic() - self.since > self.timeout:
-                break
         time.sleep(2)                                                                        # for the others to have said where they are
         try:
             places = [self.store.get(f"at/{rank}").decode().split(" ", 1) for rank in range(self.team.size)]
@@ -571,15 +577,17 @@ def choose_layout(train, config, team):
         needs = {r: sum(memory_per_rank(config, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
                  for r in (world, world // team.local_size, 1)}
         replicate = next((r for r in needs if needs[r] <= room), 1)
-        reasons.append(f"--replicate {replicate}: training state of {needs[replicate] / 1e9:.2f} GB a rank, where half of memory is {room / 1e9:.0f} GB")
+        reasons.append(f"replicate {replicate}: training state of {needs[replicate] / 1e9:.2f} GB a rank, where half of memory is {room / 1e9:.0f} GB")
     if not ep:
         # Gathering a layer's experts twice and reducing their gradients, 2 + 2 + 4 bytes each; against four trips of k rows a token.
         gather = 8 * 3 * E * config.hidden_size * config.moe_intermediate_size
         send = 4 * 2 * config.num_experts_per_tok * config.hidden_size * (train.micro_batch_tokens // train.seq_len) * train.seq_len
         ep = math.gcd(team.local_size, E) if moe and replicate < world and send < gather else 1
-        reasons.append(f"--ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
+        reasons.append(f"ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
                        f"a layer sends {send / 1e6:.0f} MB of tokens, or gathers {gather / 1e6:.0f} MB of experts"))
-    return dataclasses.replace(train, replicate=replicate, ep=ep), "; ".join(reasons)
+    needs = memory_per_rank(config, world, replicate, ep, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
+    return dataclasses.replace(train, replicate=replicate, ep=ep), "\n        ".join(
+        [f"{world} ranks, --replicate {replicate} --ep {ep}", *reasons, "GB a rank, counted: " + ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items())])
 
 
 def memory_of(team):
@@ -903,7 +911,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     tokens_total = int(first_sample[-1]) * train.seq_len
     print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; {flops / 1e6:.1f} MFLOP per token\n"
           f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out; "
-          f"vocabulary {tokenizer.size}\n" + (f"layout: {team.size} ranks; {layout}\n" if team.size > 1 else "") +
+          f"vocabulary {tokenizer.size}\n" + (f"layout: {layout}\n" if team.size > 1 else "") +
           f"run: {run}, {train.steps} steps of {train.batch_tokens} tokens ({tokens_total / 1e6:.2f}M), on {device}, "
           f"torch {torch.__version__}" + (f", continuing at step {step}" if step else ""), flush=True)
     stop = {}                                                                                # signal -> when it came
@@ -1004,6 +1012,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
 
     watch.at(step, "last checkpoint")
     saver.finish(step)
+    watch.stop()
     metrics.close()
     for number, handler in signals.items():
         signal.signal(number, handler)
