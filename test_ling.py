@@ -1020,8 +1020,10 @@ def test_damaged_checkpoints(folder):
     run, weights = folder / "runs/toy", Ling.from_pretrained("runs/toy").lm_head.weight.clone()
     newest = next((run / "step_00000004").glob("*.distcp"))
     good = newest.read_bytes()
-    for bad in (good[:-100], good[:5000] + bytes([good[5000] ^ 1]) + good[5001:]):
-        newest.write_bytes(bad)
+    swapped = (run / "step_00000002" / newest.name).read_bytes()
+    assert len(swapped) == len(good)
+    for bad in (good[:-100], good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], swapped, None):
+        newest.unlink() if bad is None else newest.write_bytes(bad)
         with pytest.warns(UserWarning, match="step_00000004 is damaged"):
             assert not torch.equal(Ling.from_pretrained("runs/toy").lm_head.weight, weights)
     code, _, err = cli(train, *FLAGS, "--steps", "4", "--keep", "1", "--eval_every", "0")    # --keep counts intact ones only

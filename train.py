@@ -746,8 +746,9 @@ def training_state(model, optimizer, load):
 class Saver:
     """Writes checkpoints while training goes on. A save that fails leaves what was there before, and is tried again at the next one."""
 
-    def __init__(self, run, state, team, keep):
-        self.run, self.state, self.team, self.keep, self.staged, self.thread, self.error, self.saved = run, state, team, keep, None, None, None, None
+    def __init__(self, run, state, team, watch, keep):
+        self.run, self.state, self.team, self.watch, self.keep = run, state, team, watch, keep
+        self.staged = self.thread = self.error = self.saved = None
         self.group = dist.new_group(backend="gloo") if team.size > 1 else None               # the thread's: training's would mix up messages
 
     def save(self, step):
@@ -760,23 +761,29 @@ class Saver:
             for key, t in tree.items():
                 fill(t, staged[key]) if isinstance(t, dict) else local(staged[key]).copy_(local(t))
         fill(self.state, self.staged)
+        self.saved, self.error = None, f"cannot save a checkpoint of step {step} in {self.run} (its thread died)"      # until it says otherwise
         self.thread = threading.Thread(target=self.write, args=(step,))
         self.thread.start()
 
     def wait(self):
         """Until the last save is done -> its number of steps, or None if it failed, which is said."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-            if self.error:
-                warnings.warn(f"{self.error}; training goes on, and the next save tries again", stacklevel=2)
+        if self.join() and self.error:
+            warnings.warn(f"{self.error}; training goes on, and the next save tries again", stacklevel=2)
         return self.saved
+
+    def join(self):
+        """Until the thread has ended -> whether there was one."""
+        thread, self.thread = self.thread, None
+        while thread is not None and thread.is_alive():
+            thread.join(1)
+            self.watch.since = time.monotonic()                                              # a slow disk is no hang
+        return thread is not None
 
     def finish(self, step):
         """The last save of a run, which must succeed. Raises BadInput."""
         if self.wait() != step:
             self.save(step)
-            self.thread.join()
+            self.join()
             require(not self.error, f"{self.error}: make room and run the same command to continue")
 
     def write(self, step):
@@ -831,10 +838,11 @@ def sync_folder(path):
 # 7. Evaluation and display
 
 @torch.no_grad()
-def evaluate(model, data, token_bytes, rows, team):
+def evaluate(model, data, token_bytes, rows, team, alive=lambda: None):
     """Over all held-out tokens: mean cross entropy in nats per token, and bits per byte of text, which compares tokenizers."""
     sums = torch.zeros(3, dtype=torch.float64)                                               # nats, tokens, bytes
     for x, y in data.held_out(rows, team.device, team.rank, team.size):
+        alive()
         n = int((y >= 0).sum())
         sums += torch.tensor([float(model(x, y).parts["ce"]) * n, n, int(token_bytes[y[y >= 0]].sum())])
     nats, tokens, size = team.sum(sums).tolist()
@@ -924,7 +932,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
                if number is not None}
     metrics, status = open(run / "metrics.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0), Status()
     log = lambda record: metrics.write(json.dumps(record).encode() + b"\n")                  # a line at once, or not at all
-    saver, watch = Saver(run, state, team, train.keep), Watch(team, train.timeout)
+    watch = Watch(team, train.timeout)
+    saver = Saver(run, state, team, watch, train.keep)
     saver.saved, seconds_mean, stopping = step if resumed else None, None, False
     while step < train.steps and not stopping:
         start = time.perf_counter()
@@ -1001,9 +1010,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
 
         # 8. evaluate, checkpoint
         if step == train.steps or train.eval_every and step % train.eval_every == 0:
-            watch.at(step, "evaluation")
             with autocast():
-                score = evaluate(model, data, token_bytes, rows, team)
+                score = evaluate(model, data, token_bytes, rows, team, lambda: watch.at(step, "evaluation"))
             log({"step": step, **score})
             status.note(f"step {step}  held-out: {score['val_ce']:.4f} nats per token, {score['val_bpb']:.4f} bits per byte")
         if step < train.steps and train.save_every and step % train.save_every == 0:
