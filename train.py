@@ -630,7 +630,7 @@ def parallelize(model, train, device="cpu"):
     """Lay a model over all ranks, in place: two meshes over the same ranks, (replicate, shard) for the dense parameters and (edp, ep)
     for the routed experts where --ep cuts them. DDP, FSDP, HSDP and expert parallelism are shapes of these meshes, not code paths.
 
-    The loss is a sum over a rank's tokens divided by the count of all ranks' (section 9), so every gradient is a plain sum: the factor
+    The loss is a sum over a rank's tokens divided by the count of all ranks' (section 8), so every gradient is a plain sum: the factor
     that FSDP divides by is 1 everywhere, and no mesh has a scale of its own. (With FSDP's averages, experts come out ep times too large.)"""
     world = dist.get_world_size()
     dense = init_device_mesh(device, (train.replicate, world // train.replicate), mesh_dim_names=("replicate", "shard"))
