@@ -1261,11 +1261,12 @@ def torchrun(folder, *flags, restarts=0):
 
 
 def workers(process, run, steps):
-    """The workers' process ids, once the run has logged so many steps."""
+    """The workers' process ids by rank, once the run has logged so many steps."""
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < steps:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    rank = lambda pid: int(dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)["RANK"])
+    return sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()), key=rank)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's workers through /proc")

@@ -1029,8 +1029,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         status.note(f"{why}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
         return 0
     if team.size == 1:                                           # a sharded model would gather all its weights for every token
-        prompt = "" if train.data else "def __init__(self"
-        text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.7, min_p=0.05, stop_ids=(tokenizer.end,))
+        prompt = "" if train.data else "def read"
+        text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.8, min_p=0.05, stop_ids=(tokenizer.end,))
         print(f"\nsample, after {prompt!r}:\n{prompt}{text}\n")
     finished(run, step)
     return 0
@@ -1038,7 +1038,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
 
 def finished(run, step):
     print(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
-          f"next: python sample.py {run} --prompt class   (train on: python train.py --out {run} --steps N)")
+          f"next: python sample.py {run} --prompt def   (train on: python train.py --out {run} --steps N)")
 
 
 def trim_metrics(run, step):
