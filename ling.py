@@ -435,7 +435,7 @@ def update_expert_bias(model, load):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. MLP and experts
+# 5. MLP and experts, on one rank or shared out over several
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x), gate over up in one matrix."""
