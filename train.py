@@ -295,13 +295,14 @@ class Watch:
 
     def watch(self):
         while time.monotonic() - self.since <= self.timeout:
-            if self.done.wait(0.5):
-                return
             with contextlib.suppress(dist.DistError):
                 self.store.set(f"at/{self.team.rank}", f"{self.count} {self.place}")
+            if self.done.wait(0.5):
+                return
         time.sleep(2)                                                                        # for the others to have said where they are
         try:
-            places = [self.store.get(f"at/{rank}").decode().split(" ", 1) for rank in range(self.team.size)]
+            said = [self.store.get(key).decode() if self.store.check([key]) else "-1 start" for key in (f"at/{rank}" for rank in range(self.team.size))]
+            places = [line.split(" ", 1) for line in said]
             least = min(int(count) for count, _ in places)
             behind = [f"rank {rank} at {place}" for rank, (count, place) in enumerate(places) if int(count) == least]
         except dist.DistError:
