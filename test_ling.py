@@ -1290,9 +1290,10 @@ def test_a_hang_is_named(folder):
     """Ranks that wait for ever for one that no longer answers, and no word of which."""
     process = torchrun(folder, "--steps", "3000", "--timeout", "2", "--out", "runs/hang")
     stuck = workers(process, folder / "runs/hang", 3)[1]
+    time.sleep(1.5)                                              # ranks say twice a second where they are
     os.kill(stuck, signal.SIGSTOP)
     out = ""
-    while "behind: rank 1 at step" not in out:
+    while "behind: rank 1, last heard at step" not in out:
         assert (line := process.stdout.readline()), out
         out += line
     os.kill(stuck, signal.SIGKILL)                               # torchrun would give it 30 seconds

@@ -304,7 +304,7 @@ class Watch:
             said = [self.store.get(key).decode() if self.store.check([key]) else "-1 start" for key in (f"at/{rank}" for rank in range(self.team.size))]
             places = [line.split(" ", 1) for line in said]
             least = min(int(count) for count, _ in places)
-            behind = [f"rank {rank} at {place}" for rank, (count, place) in enumerate(places) if int(count) == least]
+            behind = [f"rank {rank}, last heard at {place}" for rank, (count, place) in enumerate(places) if int(count) == least]
         except dist.DistError:
             behind = ["rank 0, which does not answer"]
         print(f"train.py: error: hang: rank {self.team.rank} waits at {self.place} since {time.monotonic() - self.since:.0f} s (--timeout "
