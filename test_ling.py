@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -1260,13 +1261,16 @@ def torchrun(folder, *flags, restarts=0):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def workers(process, run, steps):
-    """The workers' process ids by rank, once the run has logged so many steps."""
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < steps:
+def workers(process, run, steps, gone=()):
+    """The process ids of the two workers by rank, once the run has logged so many steps and none of them is one of those gone."""
+    while True:
         assert process.poll() is None, process.communicate()[0]
+        pids = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        logged = (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+        if logged >= steps and len(pids) == 2 and not {*pids} & {*gone}:
+            rank = lambda pid: int(re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_text())[1])
+            return sorted(pids, key=rank)
         time.sleep(0.005)
-    rank = lambda pid: int(dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)["RANK"])
-    return sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()), key=rank)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's workers through /proc")
@@ -1274,8 +1278,9 @@ def test_torchrun_recovers_from_a_kill_and_stops_when_told(folder):
     """A restart that hangs on the addresses of dead ranks; steps lost or done twice; a signal to one rank that the others wait for."""
     run, flags = folder / "runs/two", ["--steps", "3000", "--decay", "0", "--save_every", "5"]
     process = torchrun(folder, *flags, "--out", str(run), "--ep", "2", restarts=1)
-    os.kill(workers(process, run, 12)[0], signal.SIGKILL)
-    os.kill(workers(process, run, 18)[1], signal.SIGUSR1)        # of the second start, which cut the log back to its checkpoint
+    first = workers(process, run, 12)
+    os.kill(first[0], signal.SIGKILL)
+    os.kill(workers(process, run, 60, gone=first)[1], signal.SIGUSR1)
     out, _ = process.communicate()
     assert process.returncode == 0 and "continuing at step" in out and "saved step" in out, out
     found = losses(run)
