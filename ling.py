@@ -47,6 +47,7 @@ gate and up are one matrix; MTP blocks have a list of their own.
 """
 import collections
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -757,9 +758,10 @@ class Ling(nn.Module):
                 room -= size
         files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        whole = functools.lru_cache(1)(lambda own, e: whole_matrix(self.own_tensor(own), e))   # gate and up are of one matrix: gathered once
         for i, (file, shard) in enumerate(zip(files, shards)):
             layout = {name: (kind(own), shape) for name, own, _, _, _, shape in shard}
-            data = (whole_matrix(self.own_tensor(own), e).chunk(n)[j].to(kind(own)) for _, own, e, j, n, _ in shard)
+            data = (whole(own, e).chunk(n)[j].to(kind(own)) for _, own, e, j, n, _ in shard)
             if rank == i % ranks:
                 write_safetensors(path / file, layout, data)
             else:
