@@ -46,6 +46,7 @@ Tensors are named as in the released files, but for three things (section 8): ex
 gate and up are one matrix; MTP blocks have a list of their own.
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -479,12 +480,14 @@ def local_matrices(p):
 class AllToAll(torch.autograd.Function):
     """Rows between the ranks of a group: the first sends[0] rows of x go to its rank 0, the next sends[1] to rank 1 ..., and
     receives[r] rows come from rank r. Gradients travel back the same way."""
+    timer = contextlib.nullcontext                               # train.py times the exchange
 
     @staticmethod
     def forward(ctx, x, sends, receives, group):
         ctx.route = receives, sends, group
         out = x.new_empty(sum(receives), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+        with AllToAll.timer():
+            dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
         return out
 
     @staticmethod
@@ -510,7 +513,8 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)                                        # 1 sort: T*k rows by expert
         counts = chosen.new_zeros(E).scatter_add_(0, chosen.flatten(), torch.ones_like(order))   # (E,)
         arriving = torch.empty_like(counts)                                                  # (ranks * my experts,)
-        dist.all_to_all_single(arriving, counts, group=self.group)
+        with AllToAll.timer():
+            dist.all_to_all_single(arriving, counts, group=self.group)
         ranks = dist.get_world_size(self.group)
         sends, receives = torch.stack([counts, arriving]).view(2, ranks, -1).sum(2).tolist() # SYNC: the one of a layer
         rows = AllToAll.apply(x[order // k], sends, receives, self.group)                    # 2 send: (R,D), by sender, then by expert

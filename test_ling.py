@@ -882,13 +882,13 @@ def data_of(n=1000, S=16, seed=0, parts=1):
 def test_samples_depend_on_nothing_but_their_number():
     """An order that changes with the batch size, the number of processes or a restart."""
     data = data_of(parts=3)
-    whole = data.batch(0, 12, "cpu")[0]
-    assert torch.equal(whole, torch.cat([data.batch(0, 5, "cpu")[0], data.batch(5, 7, "cpu")[0]]))
+    whole = data.batch(range(12), "cpu")[0]
+    assert torch.equal(whole, torch.cat([data.batch(range(5), "cpu")[0], data.batch(range(5, 12), "cpu")[0]]))
     n = int(data.ends[-1])
     epochs = [sorted(int(data.window(k)[0]) for k in range(e * n, (e + 1) * n)) for e in (0, 1)]
     assert epochs[0] == epochs[1] and len(set(epochs[0])) == n                               # each window once an epoch
     assert [int(data.window(k)[0]) for k in range(n)] != [int(data.window(k)[0]) for k in range(n, 2 * n)]
-    tokens, targets = data.batch(3, 1, "cpu")
+    tokens, targets = data.batch([3], "cpu")
     assert torch.equal(tokens[0, 1:], targets[0, :-1])
     scored = torch.cat([y[y >= 0] for _, y in data.held_out(2, "cpu")])
     assert scored.tolist() == list(range(1, 50))                                             # every held-out token once
@@ -989,9 +989,9 @@ def test_a_run_from_start_to_text(folder):
 def test_each_step_takes_the_next_samples(folder, monkeypatch):
     """Samples trained on twice or never: alike in every run, so that comparing runs cannot show it."""
     taken, batch = [], train.Data.batch
-    monkeypatch.setattr(train.Data, "batch", lambda self, first, count, *rest: taken.append((first, count)) or batch(self, first, count, *rest))
+    monkeypatch.setattr(train.Data, "batch", lambda self, samples, *rest: taken.append(samples) or batch(self, samples, *rest))
     assert cli(train, *FLAGS, "--steps", "3", "--eval_every", "0")[0] == 0
-    assert taken == [(0, 4), (4, 4), (8, 4)]
+    assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_stop_and_kill_change_nothing(folder):
@@ -1086,6 +1086,12 @@ BAD = {
     "--dense --intermediate_size 64": "cannot go with --dense",
     "--init nowhere": "nowhere is not a folder",
     "--init .": "no config.json",
+    "--sync edit": "start several processes with torchrun",
+    "--sync never": "invalid choice: 'never'",
+    "--spike_z -1": "--spike_z -1.0 must be a finite number",
+    "--outer_clip 0": "raise it above 0",
+    "--merge 3": "has no checkpoint yet",
+    "--report nowhere": "no trace there yet",
 }
 
 
@@ -1136,6 +1142,126 @@ def test_routers_stay_balanced_and_dense_runs(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A run that looks after itself. The runs of many processes are in the next section
+
+def test_spikes_by_hand():
+    """A narrow spike skipped, a wide one let through, a threshold that past spikes have raised, a sample lost or trained on twice."""
+    spikes, calm = train.Spikes(train.TrainConfig(steps=1000, spike_limit=4)), [3.0, 1.0]
+    step = iter(range(1000))
+    judge = lambda loss, norm, returned=(): spikes.judge(next(step), loss, norm, [7, 8], returned)
+    assert not any(judge(3 + 0.1 * math.sin(i), 1 + 0.1 * math.cos(i)) for i in range(100))
+    assert [judge(9.0, 1.0), judge(*calm), judge(3.0, 9.0), judge(*calm)] == ["narrow", "", "narrow", ""]
+    assert [judge(9.0, 1.0), judge(9.0, 1.0), judge(9.0, 9.0), judge(3.0, 9.0), judge(*calm)] == ["narrow", "skip", "skip", "lower", ""]
+    assert all(value < 4 for pair in spikes.accepted for value in pair) and len(spikes.waiting) == 4
+    assert [judge(math.nan, 1.0), judge(3.0, math.inf), judge(*calm)] == ["skip", "skip", ""]
+    assert judge(9.0, 1.0, returned=[[7, 1, 0]]) == "lower" and spikes.hopeless() is None
+    again = train.Spikes(spikes.train, json.loads(json.dumps(spikes.state())))
+    assert again.state() == spikes.state() and len(again.waiting) == 8
+    back = [entry[0] for at in range(1000) for entry in again.returning(at)]
+    assert sorted(back) == [7] * 4 + [8] * 4 and not again.waiting
+    for _ in range(5):
+        judge(math.nan, math.nan)
+    assert "samples 7 to 8: 5 spikes in a row" in spikes.hopeless() or "6 spikes" in spikes.hopeless()
+    assert train.Spikes(train.TrainConfig(spike_z=0)).judge(0, math.nan, 1.0, [0], []) == "skip"
+
+
+def infect(monkeypatch):
+    """Samples 80-91 (steps 21-23) raise the loss by 40 each, always; sample 120 (step 31) makes it NaN."""
+    window, batch, forward, now = train.Data.window, train.Data.batch, Ling.forward, []
+    monkeypatch.setattr(train.Spikes, "LEAST", 8)
+    monkeypatch.setattr(train.Data, "window", lambda self, k: np.full(17, 1 if k < 92 else 2) if 80 <= k < 92 or k == 120 else window(self, k))
+    monkeypatch.setattr(train.Data, "batch", lambda self, samples, *rest: now.append(samples) or batch(self, samples, *rest))
+
+    def sick(self, tokens, targets=None, *args, **kwargs):
+        out = forward(self, tokens, targets, *args, **kwargs)
+        if not self.training or not torch.is_grad_enabled():
+            return out
+        worse = (tokens == 1).all(1).sum() * 40 + torch.where((tokens == 2).all(1), torch.nan, 0.0).sum()
+        return out._replace(loss=out.loss + worse * self.norm.weight.square().mean())
+    monkeypatch.setattr(Ling, "forward", sick)
+    return now
+
+
+SICK = [*FLAGS, *"--batch_tokens 64 --steps 60 --save_every 4 --keep 99 --eval_every 0 --decay 0 --warmup_steps 4".split()]
+
+
+def test_spikes_in_a_run(folder, monkeypatch):
+    """A skipped step that moved a weight, a moment or a bias; samples lost or repeated, also by a kill; ranks that disagree; a NaN that ends the run."""
+    taken, states = infect(monkeypatch), {}
+    assert cli(train, *SICK, "--out", "runs/whole")[0] == 0
+    run, count = folder / "runs/whole", len(taken)
+    skipped = {line["step"] for line in metrics_of(run) if line["skipped"]}
+    assert {22, 23, 31} <= skipped and 21 not in skipped and metrics_of(run)[30]["loss"] is None
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in ledger if line["verdict"] == "skip"} == skipped
+    assert any(line["verdict"] == "lower" for line in ledger) and len([line for line in ledger if line["step"] == 21 and line["verdict"] == "narrow"]) == 1
+    waiting = ling.read_json(run / "step_00000060/state.json")["spikes"][0][1]
+    trained = [k for step, samples in enumerate(taken[:60], 1) if step not in skipped for k in samples]
+    assert sorted(trained + [k for k, *_ in waiting]) == list(range(240)) and count == 60
+    states = everything(run, 20), everything(run, 24)
+    moved = {key: not torch.equal(*(state[key] for state in states)) for key in states[0]}
+    assert all(moved.values())                                   # steps 21 and 24 are done
+    shutil.copytree(run, "runs/killed")
+    for late in Path("runs/killed").glob("step_*"):
+        if int(late.name[5:]) > 24:                              # as if killed between the wide spike and the NaN
+            shutil.rmtree(late)
+    assert cli(train, "--out", "runs/killed", "--steps", "60")[0] == 0
+    assert losses(Path("runs/killed")) == losses(run) and (folder / "runs/killed/ledger.jsonl").read_text() == (run / "ledger.jsonl").read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    run_jobs(folder, [(4, [*SICK, "--out", "runs/four", "--ep", "2", "--replicate", "2", "--sick"])])
+    same = lambda a, b: a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=1e-4)
+    for name in ("metrics", "ledger"):
+        one, four = ([json.loads(line) for line in (folder / f"runs/{which}/{name}.jsonl").read_text().splitlines()] for which in ("whole", "four"))
+        assert len(one) == len(four) and not [(a["step"], key) for a, b in zip(one, four) for key in a if key != "tokens_per_s" and not same(a[key], b[key])]
+    infect(monkeypatch)
+    code, _, err = cli(train, *SICK, "--out", "runs/off", "--spike_z", "0")
+    assert code == 2 and "step" in err and "samples 120 to 123" in err and losses(folder / "runs/off")[23] > 40
+
+
+def test_who_is_left_out_of_a_sync():
+    """A NaN that passes a comparison; a fault that raises its own threshold; one replica's fault that stops the others; a small change flagged."""
+    config = train.TrainConfig(sync_temperature=1.0)
+    def judge(*rounds, sick=(False, False, False)):
+        edit = train.EDiT.__new__(train.EDiT)
+        edit.train, (edit.mean, edit.variance, edit.seen) = config, torch.zeros(3, 3, 4, dtype=torch.float64)
+        noise = torch.Generator().manual_seed(0)
+        for _ in range(10):
+            edit.judge(2 + 0.1 * torch.randn(3, 4, generator=noise, dtype=torch.float64), torch.zeros(3).bool())
+        return [edit.judge(torch.tensor(norms, dtype=torch.float64), torch.tensor(sick)) for norms in rounds]
+    good, low, high, nan = [2.0] * 4, [0.1] * 4, [9.0] * 4, [math.nan] * 4
+    third, half = torch.full((3, 4), 1 / 3), torch.tensor([[0.5] * 4, [0.0] * 4, [0.5] * 4])
+    close = lambda a, b: torch.allclose(a.float(), b, atol=1e-6)
+    assert close(judge([good] * 3)[0], third)
+    assert (judge([good, low, good])[0][1] > 0.7).all()          # weighted up, never flagged
+    for bad in (high, nan, [math.inf] * 4, [2, 9, 9, 9]):
+        assert all(close(weights, half) for weights in judge([good, bad, good], [good, bad, good]))
+    assert close(judge([good] * 3, sick=(False, True, False))[0], half)
+    one_layer = judge([good, [2, 2, 2, 9], good])[0]
+    assert close(one_layer[:, :3], third[:, :3]) and close(one_layer[:, 3:], half[:, 3:])
+    assert not judge([good, [2, 2, 2, 9], [2, 2, 2, nan[0]]])[0].any()                       # two of three off in a layer: all go back
+
+
+def test_merging_is_a_decay(folder):
+    """Weights of the checkpoints off by one; a mean of the last two only; a merge that the released format cannot hold."""
+    for shape, decay in train.DECAY.items():
+        weights = np.array(train.merge_weights(5, shape))
+        changes = np.random.default_rng(0).normal(size=(5, 7))                               # the first: the oldest checkpoint itself
+        decayed = sum(decay(i / 5) * change for i, change in enumerate(changes))
+        assert np.allclose(weights @ changes.cumsum(0), decayed) and abs(weights.sum() - 1) < 1e-12
+    assert np.allclose(train.merge_weights(8, "linear"), 1 / 8)
+    assert cli(train, *FLAGS, "--decay", "0", "--keep", "9")[0] == 0
+    code, out, err = cli(train, "--out", "runs/toy", "--merge", "3")
+    assert code == 0 and "of the mean of 3, step_00000008 to step_00000012" in out, err
+    states = [everything(folder / "runs/toy", step) for step in (8, 10, 12)]
+    name = "layers.1.mlp.experts.down"
+    mean = sum(weight * state["model." + name] for weight, state in zip(train.merge_weights(3, "sqrt"), states))
+    assert torch.allclose(Ling.from_pretrained("runs/toy-merged").get_parameter(name), mean, atol=1e-7)
+    code, _, err = cli(train, "--out", "runs/toy", "--merge", "9")
+    assert code == 2 and "has 6 checkpoints; train with --keep 9" in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Many processes. Real ones: they run train.py's own loop over gloo, and what one process left behind is what they must leave
 
 TEAM = [*FLAGS, *"--batch_tokens 96 --eval_every 0 --warmup_steps 0".split()]      # 6 sequences: on 4 ranks, one has none
@@ -1161,7 +1287,6 @@ def member(rank, jobs, ports, folder):
     os.chdir(folder)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        ignore_some(patch)
         for (ranks, flags), port in zip(jobs, ports):
             if rank >= ranks:
                 continue
@@ -1171,7 +1296,11 @@ def member(rank, jobs, ports, folder):
             with pytest.MonkeyPatch.context() as control:
                 if "--average" in flags:                         # the negative control: gradients averaged over a mesh, FSDP's default
                     control.setattr(torch.distributed.fsdp.FSDPModule, "set_gradient_divide_factor", lambda *_: None)
-                code, _, err = cli(train, *(flag for flag in flags if flag != "--average"))
+                (infect if "--sick" in flags else ignore_some)(control)
+                if "--slow" in flags and rank == 1:
+                    batch = train.Data.batch
+                    control.setattr(train.Data, "batch", lambda *args: time.sleep(0.05) or batch(*args))
+                code, _, err = cli(train, *(flag for flag in flags if flag not in ("--average", "--sick", "--slow")))
             sys.stdout = sys.__stdout__
             assert code == 0, err
 
@@ -1253,6 +1382,46 @@ def test_any_number_of_processes_continues(folder, monkeypatch):
     one, other = ling.read_safetensors("exported"), ling.read_safetensors("exported-alone")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert ling.read_json("exported/config.json") == ling.read_json("exported-alone/config.json")
+
+
+def test_a_sync_is_a_mean_and_resumes(folder, monkeypatch):
+    """Replicas that are not equal after a sync; a mean of something else than weights; samples shared out wrongly; moments of one
+    replica for all after a resume; a bias left behind."""
+    ignore_some(monkeypatch)
+    plain = [*TEAM, *LING2_FLAGS, *"--batch_tokens 64 --sync_warmup 0 --outer_lr 1 --outer_momentum 0 --outer_clip 1e9 --sync_temperature 0".split()]
+    edit = [*TEAM, *LING2_FLAGS, *"--sync edit --replicate 2 --sync_every 3 --sync_warmup 2 --save_every 5 --keep 9 --decay 0".split()]
+    run_jobs(folder, [(2, [*plain, "--sync", "edit", "--sync_every", "1", "--steps", "1", "--out", "runs/two"]),
+                      (4, [*plain, "--sync", "edit", "--sync_every", "1", "--steps", "1", "--out", "runs/sharded", "--replicate", "2", "--ep", "2"]),
+                      (4, [*edit, "--ep", "2", "--steps", "5", "--out", "runs/stopped"]), (4, [*edit, "--ep", "2", "--steps", "8", "--out", "runs/whole"])])
+    shutil.copytree("runs/stopped", "runs/other")
+    shutil.copytree("runs/stopped", "runs/alone")
+    run_jobs(folder, [(4, ["--out", "runs/stopped", "--steps", "8"]), (3, ["--out", "runs/other", "--steps", "8", "--replicate", "3", "--ep", "1"])])
+    assert cli(train, "--out", "runs/alone", "--steps", "8", "--sync", "step")[0] == 0       # another number of processes goes on too
+    assert metrics_of(folder / "runs/other")[-1]["step"] == metrics_of(folder / "runs/alone")[-1]["step"] == 8
+    for which in (0, 1):
+        monkeypatch.setattr(train, "samples_of", lambda step, first: range(2 * which, 2 * which + 2))
+        assert cli(train, *plain, "--batch_tokens", "32", "--steps", "1", "--out", f"runs/half-{which}")[0] == 0
+    halves = [everything(folder / f"runs/half-{which}", 1) for which in (0, 1)]
+    for name, limit in (("two", 1e-7), ("sharded", 1e-4)):       # AdamW's first step is the sign of a gradient, also of a tiny one
+        state = everything(folder / "runs" / name, 1)
+        for key in halves[0]:
+            if key.startswith("model."):
+                assert worst(state[key], (halves[0][key] + halves[1][key]) / 2) < limit, key
+            elif key.startswith("optimizer."):
+                assert worst(state[key], halves[0][key]) < 2e-6 and worst(state[key.replace("optimizer", "replica1", 1)], halves[1][key]) < 2e-6, key
+        assert metrics_of(folder / "runs" / name)[0]["weights"] == [0.5, 0.5]
+    one, other = (metrics_of(folder / "runs" / name) for name in ("whole", "stopped"))
+    assert [line["step"] for line in one] == [1, 2, 5, 8] and one[-1]["steps"] == [3, 3]
+    assert all(math.isclose(a[key], b[key], rel_tol=1e-6) for a, b in zip(one, other, strict=True) for key in ("loss", "grad_norm", "lr", "tokens"))
+
+
+def test_the_report_names_the_slow_rank(folder, monkeypatch):
+    """A straggler blamed on those who wait for it, or not named at all."""
+    run_jobs(folder, [(3, [*TEAM, *LING2_FLAGS, "--slow", "--steps", "8", "--profile", "2", "--out", "runs/slow"])])
+    code, out, err = cli(train, "--report", "runs/slow")
+    assert code == 0 and "slowest: rank 1 (" in out and " in data, " in out and "to try: move the data" in out, (out, err)
+    traces = sorted(Path("runs/slow/trace").glob("*_step_00000002.json"))
+    assert len(traces) == 3 and {"data", "forward", "backward"} <= {event["name"] for event in json.loads(traces[1].read_text())["traceEvents"]}
 
 
 def torchrun(folder, *flags, restarts=0):

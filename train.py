@@ -8,16 +8,20 @@
     python train.py --data "src/**/*.py" notes.txt --tokenizer bpe4096 --out runs/mine
     python train.py --data fineweb_*.bin --tokenizer gpt2 --preset small --batch_tokens 524288
     python train.py --init PATH/Ling-mini-base-2.0 --data corpus/ --lr 3e-5 --out runs/tuned
+    python train.py --report runs/toy              # where the time went, who held up the others, what to try
+    python train.py --out runs/toy --merge 8       # average the last checkpoints instead of decaying (train with --decay 0 --keep 8)
     torchrun --nproc-per-node 8 --max-restarts 9 train.py --preset ling-mini-2.0 --data corpus/ --tokenizer PATH/tokenizer.json
     torchrun --nproc-per-node 8 train.py --out runs/ling-mini-2.0 --export my-ling      # its weights, in the released format
+    torchrun --nnodes 2 ... train.py --sync edit --sync_seconds 60 ...   # slow links, uneven hosts: local steps, and a sync now and then
 
 Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; a run that continues takes its own.
 
-runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), the tokenizer, data/ (the corpus as
-token ids) and checkpoints step_00001234/ with `latest` naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
+runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), ledger.jsonl (spikes, and what became of
+their samples), trace/ (seconds by phase), the tokenizer, data/ (the corpus as token ids) and checkpoints step_00001234/ with `latest` naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
 Many processes do what one does: the same samples, the same sums, the same checkpoints, which any number of processes continues.
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -34,6 +38,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import sysconfig
 import threading
@@ -55,8 +60,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ling import (PRESETS, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, count_params, count_targets, file_crc, find_checkpoint,
-                  flops_per_token, load_checkpoint, local, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
+from ling import (PRESETS, AllToAll, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, count_params, count_targets, file_crc, find_checkpoint,
+                  checkpoint_damage, flops_per_token, load_checkpoint, local, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
 from sample import PATTERN, Parser, Tokenizer, load_tokenizer, pick_device, run_cli, spellings, text_of, tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,8 +98,26 @@ class TrainConfig:
     device: str = option("", "default: the accelerator if there is one, else cpu")
     balance: str = option("global", "f of the balance loss: global, the load of the whole step before; micro, of each micro-batch by itself",
                           choices=("global", "micro"))
+    # a run that looks after itself
+    spike_z: float = option(6.0, "a loss or gradient norm so many robust standard deviations above the recent median is a spike; 0: none is")
+    spike_width: int = option(2, "spikes in a row from which on updates are skipped and their samples come back later")
+    spike_limit: int = option(30, "skipped steps in a row that stop the run")
+    report: str = option("", "print where the time of this run went, which rank held up the others, and what to try; and stop")
+    profile: int = option(0, "write a Chrome trace of the three steps after this one, of every rank, into the run's folder; 0: none")
+    merge: int = option(0, "average the last N checkpoints of the run, as if the learning rate had decayed over them, into --export; and stop")
+    merge_shape: str = option("sqrt", "the decay that --merge stands for: 1 - sqrt(x), 1 - x or (1 + cos(pi x)) / 2", choices=("sqrt", "linear", "cosine"))
     # many processes
-    replicate: int = option(0, "copies of the dense weights: all ranks (DDP) .. 1 (FSDP), between them HSDP; 0: by memory")
+    sync: str = option("step", "step: gradients of all ranks, every step; edit: --replicate copies train on their own between syncs",
+                       choices=("step", "edit"))
+    sync_every: int = option(32, "edit: steps of a copy between syncs")
+    sync_seconds: float = option(0.0, "edit: sync after so many seconds instead, so that a slow copy does fewer steps")
+    sync_warmup: int = option(50, "edit: steps with gradients of all ranks before the first on their own")
+    outer_lr: float = option(0.7, "edit: step size of a sync; 1 with --outer_momentum 0 moves to the weighted mean")
+    outer_momentum: float = option(0.8, "edit: Nesterov momentum from sync to sync")
+    outer_clip: float = option(10.0, "edit: largest norm of a layer's mean change")
+    sync_z: float = option(3.0, "edit: a copy whose change is so many standard deviations larger than it used to be is left out; 0: only if not finite")
+    sync_temperature: float = option(1.0, "edit: copies are weighted by softmax(-norm of their change / this); 0: all alike")
+    replicate: int = option(0, "copies of the dense weights: all ranks (DDP) .. 1 (FSDP), between them HSDP; 0: by memory (edit: one a node)")
     ep: int = option(0, "ranks that share out the routed experts and send each other tokens; 1: none; 0: by what moves fewer bytes")
     recompute: str = option("none", "activations computed again in the backward pass", choices=("none", "moe", "block"))
     compile: bool = option(False, "torch.compile each block")
@@ -107,14 +130,16 @@ class TrainConfig:
             require(getattr(self, f.name) in f.metadata.get("choices", [getattr(self, f.name)]),
                     f"--{f.name} {getattr(self, f.name)!r} is none of {', '.join(f.metadata.get('choices', ()))}")
         for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0, eval_every=0,
-                                save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1).items():
+                                save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1, spike_width=1, spike_limit=1, profile=0, merge=0,
+                                sync_every=1, sync_warmup=0).items():
             require(least <= getattr(self, name) < 1 << 40, f"--{name} {getattr(self, name)} must be at least {least} and below 2^40")
-        for name in ("lr", "weight_decay", "clip"):
+        for name in ("lr", "weight_decay", "clip", "spike_z", "sync_seconds", "outer_lr", "outer_clip", "sync_z", "sync_temperature"):
             require(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
         require(self.clip > 0, "--clip 0 would stop all learning; raise it above 0")
-        for name in ("batch_start", "halve_at", "decay", "final_lr", "beta1", "beta2"):
+        for name in ("batch_start", "halve_at", "decay", "final_lr", "beta1", "beta2", "outer_momentum"):
             require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} must be in 0..1")
-        require(max(self.beta1, self.beta2) < 1, "--beta1 and --beta2 must be below 1")
+        require(max(self.beta1, self.beta2, self.outer_momentum) < 1, "--beta1, --beta2 and --outer_momentum must be below 1")
+        require(self.outer_clip > 0, "--outer_clip 0 would stop all learning; raise it above 0")
         require(self.batch_tokens % self.seq_len == 0, f"--batch_tokens {self.batch_tokens} is not a multiple of --seq_len {self.seq_len}; "
               f"try {max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len}")
         require(self.micro_batch_tokens >= self.seq_len, f"--micro_batch_tokens {self.micro_batch_tokens} is below one sequence of "
@@ -123,7 +148,8 @@ class TrainConfig:
 
 TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_steps", "expert_bias_update_rate", "mtp_loss_scaling_factor"}
 MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate", "ep", "recompute",
-              "compile", "timeout", "export"}                    # on resuming
+              "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width", "spike_limit", "sync", "sync_every",
+              "sync_seconds"}                                    # on resuming
 
 
 def parse_args(argv):
@@ -196,6 +222,7 @@ class Team:
         variable = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.size, self.local_rank = variable("RANK", 0), variable("WORLD_SIZE", 1), variable("LOCAL_RANK", 0)
         self.local_size, self.parent, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), os.getppid(), 0, pick_device(device)
+        self.replicas, self.replica, self.ranks, self.within, self.across = 1, 0, self.size, None, None   # until split()
         if self.size > 1 and self.device.type != "cpu":
             count = torch.accelerator.device_count()
             require(self.local_rank < count, f"--nproc-per-node {self.local_size}: this machine has {count} devices; start at most {count} processes")
@@ -252,10 +279,17 @@ class Team:
         answer = self.store.get(key)
         return json.loads(answer)[0] if answer else sys.exit(2)
 
-    def sum(self, tensor):
-        """In place, over all ranks."""
+    def split(self, replicas):
+        """Into replicas of neighbouring ranks that train on their own between syncs (--sync edit): this rank's is `replica`, with the
+        group `within`; `across` joins the ranks at its place in all replicas."""
+        self.replicas, self.ranks = replicas, self.size // replicas
+        mesh = init_device_mesh(self.device.type, (self.replicas, self.ranks), mesh_dim_names=("across", "within"))
+        self.replica, self.within, self.across = self.rank // self.ranks, mesh["within"].get_group(), mesh["across"].get_group()
+
+    def sum(self, tensor, group=None):
+        """In place, over a group, by default all ranks."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=group)
         return tensor
 
     def gather(self, value, group=None):
@@ -276,16 +310,17 @@ class Watch:
     """Knows where every rank is. When this one has made no progress for `timeout` seconds, says which ranks hold it up and where,
     and ends the process, so that torchrun can start again: a collective would wait for ever."""
 
-    def __init__(self, team, timeout):
-        self.team, self.timeout, self.count, self.place, self.since = team, timeout, 0, "start", time.monotonic()
+    def __init__(self, team, timeout, trace):
+        self.team, self.timeout, self.trace, self.count, self.place, self.since = team, timeout, trace, 0, "start", time.monotonic()
         self.done, self.thread = threading.Event(), threading.Thread(target=self.watch, daemon=True)
         if team.size > 1:
             self.store = dist.TCPStore(team.store.host, team.store.port, timeout=datetime.timedelta(seconds=10))   # a connection of its own
             self.thread.start()
 
     def at(self, step, phase):
-        """Called by all ranks in the same order, so that the least count is the furthest behind."""
+        """Called by all ranks in the same order, so that the least count is the furthest behind (--sync edit: at each sync anew)."""
         self.count, self.place, self.since = self.count + 1, f"step {step}, {phase}", time.monotonic()
+        self.trace.mark(phase)
 
     def stop(self):
         """Before the process ends: a thread inside the store would be an abort then."""
@@ -542,9 +577,9 @@ class Data:
         start = (i - (int(self.ends[part - 1]) if part else 0)) * self.S
         return self.train[part][start:start + self.S + 1]
 
-    def batch(self, first, count, device, rows=0):
-        """Samples first .. first + count - 1, then ignored ones up to `rows` -> tokens, targets (max(count, rows),S) int64."""
-        return self.stack([self.window(k) for k in range(first, first + count)] + [[]] * (rows - count), device)
+    def batch(self, samples, device):
+        """Numbers of samples, -1: an ignored one -> tokens, targets (len(samples),S) int64."""
+        return self.stack([self.window(k) if k >= 0 else [] for k in samples], device)
 
     def stack(self, windows, device):
         """Windows of at most S + 1 tokens -> tokens, targets (len(windows),S); past the end of a window, targets are -1: ignored."""
@@ -574,6 +609,17 @@ def choose_layout(train, config, team):
     moe = config.num_hidden_layers > config.first_k_dense_replace or config.num_nextn_predict_layers > 0
     require(train.ep <= 1 or moe, f"--ep {train.ep}: this model has no routed experts; drop the flag")
     replicate, ep, room = train.replicate, train.ep, memory_of(team) / 2
+    if train.sync == "edit":
+        nodes = world // team.local_size
+        replicate = replicate or (nodes if nodes > 1 else world)
+        require(replicate > 1, f"--sync edit needs at least two copies that train on their own; {world} ranks with --replicate {replicate} are one")
+        inner = world // replicate                               # each copy is FSDP over its ranks
+        require(inner % max(1, ep) == 0, f"--ep {ep} must divide the {inner} ranks of each of the {replicate} copies")
+        needs = memory_per_rank(config, inner, 1, ep or 1, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
+        needs["anchor and outer momentum"] = 2 * needs["weights"]
+        return dataclasses.replace(train, replicate=replicate, ep=ep or 1), (
+            f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}\n        GB a rank, counted: " +
+            ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items()))
     if not replicate:
         needs = {r: sum(memory_per_rank(config, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
                  for r in (world, world // team.local_size, 1)}
@@ -627,15 +673,17 @@ def prepare_blocks(model, train):
         block.compile()
 
 
-def parallelize(model, train, device="cpu"):
+def parallelize(model, train, team):
     """Lay a model over all ranks, in place: two meshes over the same ranks, (replicate, shard) for the dense parameters and (edp, ep)
     for the routed experts where --ep cuts them. DDP, FSDP, HSDP and expert parallelism are shapes of these meshes, not code paths.
+    With --sync edit, each replica has two such meshes of its own.
 
-    The loss is a sum over a rank's tokens divided by the count of all ranks' (section 8), so every gradient is a plain sum: the factor
+    The loss is a sum over a rank's tokens divided by the count of all ranks' (section 9), so every gradient is a plain sum: the factor
     that FSDP divides by is 1 everywhere, and no mesh has a scale of its own. (With FSDP's averages, experts come out ep times too large.)"""
-    world = dist.get_world_size()
-    dense = init_device_mesh(device, (train.replicate, world // train.replicate), mesh_dim_names=("replicate", "shard"))
-    sparse = init_device_mesh(device, (world // train.ep, train.ep), mesh_dim_names=("edp", "ep"))
+    device, copies = team.device.type, train.replicate // team.replicas
+    mesh = lambda *names, sizes: init_device_mesh(device, (team.replicas, *sizes), mesh_dim_names=("across", *names))[names]
+    dense = mesh("replicate", "shard", sizes=(copies, team.ranks // copies))
+    sparse = mesh("edp", "ep", sizes=(team.ranks // train.ep, train.ep))
     # On an accelerator weights travel and work in bf16, gradients are summed in fp32. On a CPU all is fp32, as without ranks.
     low = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device != "cpu" else {}
 
@@ -669,24 +717,24 @@ def parallelize(model, train, device="cpu"):
         this.set_modules_to_forward_prefetch(following)
 
 
-def hold_gradients(model, train, last):
+def hold_gradients(model, whole, last):
     """With several micro-batches: whole gradients (DDP) stay where they are until the last one; sharded ones are reduced each time, as
     there is no room for them, but summed over replicas only once."""
-    if train.replicate == dist.get_world_size():
+    if whole:
         model.set_requires_gradient_sync(last)
     else:
         model.set_requires_all_reduce(last)
 
 
 def grad_norm(model, team):
-    """L2 norm of the whole gradient, 0-d: the squares of what each rank holds over how many ranks hold the same, and one sum."""
+    """L2 norm of the whole gradient (of this replica's), 0-d: the squares of what each rank holds over how many hold the same, and one sum."""
     held = {}
     for p in model.parameters():
         if p.grad is not None:
             copies = math.prod(p.device_mesh.size(i) for i, placement in enumerate(getattr(p, "placements", ())) if placement.is_replicate())
             held.setdefault(copies, []).append(local(p.grad))
     squares = [torch.nn.utils.get_total_norm(grads).square() / copies for copies, grads in held.items()]
-    return team.sum(torch.stack(squares).sum()).sqrt()
+    return team.sum(torch.stack(squares).sum(), team.within).sqrt()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -701,6 +749,9 @@ def make_optimizer(model, train):
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=1e-8, fused=device in ("cpu", "cuda", "mps", "xpu"))
 
 
+DECAY = {"sqrt": lambda x: 1 - math.sqrt(x), "linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}     # 1 .. 0
+
+
 def lr_at(step, train):
     """Warm-up, stable, decay (WSD). Linear up; constant, halved after halve_at; then down as 1 - sqrt(part of the decay done), the
     shape that [WSM] arXiv 2507.17634 found best."""
@@ -711,8 +762,14 @@ def lr_at(step, train):
         return lr * (step + 1) / train.warmup_steps
     if step <= decay_start or train.decay == 0:
         return lr
-    done = (step - decay_start) / (train.steps - decay_start)
-    return lr * max(train.final_lr, 1 - math.sqrt(done))
+    return lr * max(train.final_lr, DECAY["sqrt"](min(1.0, (step - decay_start) / (train.steps - decay_start))))
+
+
+def merge_weights(n, shape):
+    """Of n checkpoints, oldest first, so that their mean is what decay would have left: (n,), sum 1. [WSM] A change made between
+    checkpoints j-1 and j is in all from j on; its weight, the sum of theirs, is to be the decay at j / n."""
+    at = [DECAY[shape](j / n) for j in range(n + 1)]             # 1 .. 0
+    return [earlier - later for earlier, later in pairwise(at)]
 
 
 def batch_schedule(train):
@@ -723,6 +780,14 @@ def batch_schedule(train):
     return np.concatenate([[0], np.cumsum(np.maximum(1, np.round(full * part)).astype(np.int64))])
 
 
+def samples_of(step, first):
+    """Numbers of the samples of a step; past the end of the schedule (a replica ahead of the others) batches stay as they were."""
+    beyond = max(0, step - len(first) + 2)
+    last = step - beyond
+    shift = beyond * int(first[last + 1] - first[last])
+    return range(int(first[last]) + shift, int(first[last + 1]) + shift)
+
+
 def sequence_seed(seed, step, k):
     """Of the routing noise: follows the sample, so it is the same for every batch split, and changes with the step."""
     return zlib.crc32(f"{seed}/{step}/{k}".encode())
@@ -731,8 +796,9 @@ def sequence_seed(seed, step, k):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Checkpoints: staged in memory, written beside in the background, made durable, renamed, then pointed to
 
-def training_state(model, optimizer, load):
-    """Everything a step changes, as a nested dict of tensors and nothing else, so that nothing needs pickling."""
+def training_state(model, optimizer, load, replica=0, outer=None):
+    """Everything a step changes, as a nested dict of tensors and nothing else, so that nothing needs pickling. The moments of other
+    replicas than the first have keys of their own; what all share is saved once."""
     names = {p: name for name, p in model.named_parameters()}
     state = {}
     for group in optimizer.param_groups:
@@ -741,7 +807,7 @@ def training_state(model, optimizer, load):
                 optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults["fused"] else "cpu"),
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state[names[p]] = optimizer.state[p]
-    return {"model": model.state_dict(), "optimizer": state, "load": load}
+    return {"model": model.state_dict(), f"replica{replica}" if replica else "optimizer": state, "load": load} | ({"outer": outer} if outer else {})
 
 
 class Saver:
@@ -752,8 +818,8 @@ class Saver:
         self.staged = self.thread = self.error = self.saved = None
         self.group = dist.new_group(backend="gloo") if team.size > 1 else None               # the thread's: training's would mix up messages
 
-    def save(self, step):
-        """Copy the state (what training waits for), then write it in the background."""
+    def save(self, step, about):
+        """Copy the state (what training waits for), then write it in the background, with `about`, a dict for JSON."""
         self.wait()
         copy = lambda tree: {key: copy(t) if isinstance(t, dict) else torch.empty_like(t, device="cpu") for key, t in tree.items()}
         self.staged = self.staged or copy(self.state)                                        # once: fresh memory is slow to touch
@@ -763,7 +829,7 @@ class Saver:
                 fill(t, staged[key]) if isinstance(t, dict) else local(staged[key]).copy_(local(t))
         fill(self.state, self.staged)
         self.saved, self.error = None, f"cannot save a checkpoint of step {step} in {self.run} (its thread died)"      # until it says otherwise
-        self.thread = threading.Thread(target=self.write, args=(step,))
+        self.thread = threading.Thread(target=self.write, args=(step, about))
         self.thread.start()
 
     def wait(self):
@@ -780,14 +846,14 @@ class Saver:
             self.watch.since = time.monotonic()                                              # a slow disk is no hang
         return thread is not None
 
-    def finish(self, step):
+    def finish(self, step, about):
         """The last save of a run, which must succeed. Raises BadInput."""
         if self.wait() != step:
-            self.save(step)
+            self.save(step, about)
             self.join()
             require(not self.error, f"{self.error}: make room and run the same command to continue")
 
-    def write(self, step):
+    def write(self, step, about):
         final, temporary = self.run / f"step_{step:08d}", self.run / f"tmp_{step:08d}"
         failure, sums = None, {}
         try:
@@ -796,7 +862,7 @@ class Saver:
                 dcp.save(self.staged, checkpoint_id=temporary, process_group=self.group)
             if self.team.rank == 0:
                 check_metadata(temporary)                                                    # readable again, also on another torch
-                write_json(temporary / "state.json", {"step": step, "torch": torch.__version__})
+                write_json(temporary / "state.json", {"step": step, "torch": torch.__version__, **about})
             mine = [*temporary.glob(f"__{self.team.rank}_*"), *(temporary / name for name in (".metadata", "state.json") if self.team.rank == 0)]
             sums = {path.name: [path.stat().st_size, file_crc(path)] for path in mine}       # each rank reads what it wrote
         except (OSError, dcp.api.CheckpointException, RuntimeError, BadInput) as error:
@@ -836,7 +902,285 @@ def sync_folder(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Evaluation and display
+# 7. A run that looks after itself: spikes, slow links, stragglers
+
+class Spikes:
+    """Loss spikes [Ling1, sections 3.4.4 and 6.1; no thresholds are published]. A step stands out by its loss or gradient norm, measured
+    against the median of those accepted lately. Narrow spikes heal by themselves and pass. From the second in a row on, or if a number is
+    not finite, nothing is updated: neither weights nor moments nor bias; and the samples come back, each at a random later step, where
+    others dilute it. A step that spikes with such a sample in it is taken at a lower learning rate; so is one that stands out by its norm
+    alone, as a model that learns nothing would go on having it.
+
+    The numbers judged are those of all ranks, so all ranks agree without a message."""
+    WINDOW, LEAST, LOWER = 128, 64, 0.1
+
+    def __init__(self, train, saved=None):
+        self.train = train
+        # accepted: [loss, norm]; waiting: [sample, times skipped, step it returns in]; row: [step, first sample, last] of the spikes in a row
+        self.accepted, self.waiting, self.row = saved or ([], [], [])
+        self.events = []                                                                     # what was decided, for ledger.jsonl
+
+    def state(self):
+        """For JSON, which keeps every bit of a float."""
+        return [self.accepted, self.waiting, self.row]
+
+    def returning(self, step):
+        """Samples that are due, each handed out once."""
+        due = [entry for entry in self.waiting if entry[2] <= step]
+        self.waiting = [entry for entry in self.waiting if entry[2] > step]
+        return due
+
+    def stands_out(self, value, past):
+        median = statistics.median(past)
+        spread = 1.4826 * statistics.median(abs(x - median) for x in past)                   # of a normal distribution: its standard deviation
+        return value > median + self.train.spike_z * max(spread, 0.01 * abs(median))
+
+    def judge(self, step, loss, norm, samples, returned, alone=False):
+        """-> what becomes of a step: "" and "narrow": it is done; "lower"; "skip". samples: the numbers of its batch; returned: the entries
+        of those skipped before. alone: a replica between syncs, where a finite spike is left to the sync."""
+        train, finite = self.train, math.isfinite(loss) and math.isfinite(norm)
+        calm = not train.spike_z or alone or len(self.accepted) < self.LEAST
+        loud, steep = (not finite or not calm and self.stands_out(value, past)
+                       for value, past in zip((loss, norm), zip(*self.accepted) if self.accepted else ((), ())))
+        if not (loud or steep):
+            self.accepted, self.row = [*self.accepted[1 - self.WINDOW:], [loss, norm]], []
+            return ""
+        self.row = [*self.row, [step + 1, min(samples, default=-1), max(samples, default=-1)]]
+        verdict = ("skip" if not finite else "narrow" if len(self.row) < train.spike_width and not returned else
+                   "skip" if loud and not returned else "lower")
+        event = {"step": step + 1, "verdict": verdict, "loss": loss, "grad_norm": norm, "samples": [*samples]}
+        event |= {} if finite else {"loss": None, "grad_norm": None}                         # JSON has no NaN
+        if verdict == "skip":
+            times = {k: n for k, n, _ in returned}
+            left = max(1, train.steps - step - 1)
+            back = [[k, n + 1, step + 1 + sequence_seed(train.seed, n, k) % left] for k in samples for n in [times.get(k, 0)]]
+            self.waiting, event["again"] = self.waiting + back, [due + 1 for _, _, due in back]
+        self.events.append(event)
+        return verdict
+
+    def hopeless(self):
+        """Why the run should stop, or None."""
+        if len(self.row) > (self.train.spike_limit if self.train.spike_z else 0):
+            (first, low, _), (last, _, high) = self.row[0], self.row[-1]
+            return (f"steps {first} to {last}, samples {low} to {high}: {len(self.row)} spikes in a row, see ledger.jsonl; the last checkpoint is intact: "
+                    f"look at these samples, lower --lr from {self.train.lr} and start over with --fresh, or raise --spike_limit from {self.train.spike_limit}")
+        return None
+
+
+class EDiT:
+    """Replicas that train on their own and are brought together now and then, layer by layer [EDiT] arXiv 2412.07210.
+
+    A replica's change of a layer is its pseudo-gradient; its norm decides: far above what it used to be (an EMA of mean and variance) or not
+    finite, and the replica is left out; the others are weighted by softmax(-norm). Their mean, clipped, is the gradient of an outer SGD
+    with Nesterov momentum. A layer's sum is waited for just before the layer is needed in the next forward pass.
+
+    Three rules are not in the paper. A replica off in most layers is off in all: they adapt to each other. Where most replicas are off in
+    some layer, all go back to where they started from. A replica that was off takes over the moments of one that was not, as a NaN
+    there would never leave."""
+    ALPHA, LEAST = 0.02, 8      # of the EMA, a plain mean before; syncs before anyone is judged
+
+    def __init__(self, model, optimizer, train, team, trace, saved=None):
+        blocks = [*model.layers, *model.mtp]
+        inside = {p for block in blocks for p in block.parameters()}
+        self.units = [[p for p in model.parameters() if p not in inside], *([*block.parameters()] for block in blocks)]
+        self.biases = {i: block.mlp.gate.expert_bias for i, block in enumerate(blocks, 1) if isinstance(block.mlp, MoE) and block.mlp.gate.expert_bias is not None}
+        self.momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        self.velocity = {p: local(self.momentum[name]) for name, p in model.named_parameters()}
+        self.optimizer, self.train, self.team, self.trace, self.anchor, self.flying = optimizer, train, team, trace, {}, collections.deque()
+        shape = (team.replicas, len(self.units))
+        self.mean, self.variance, self.seen = torch.zeros(3, *shape, dtype=torch.float64)
+        if saved and (history := torch.tensor(saved, dtype=torch.float64)).shape == (3, *shape):                # else their number has changed
+            self.mean, self.variance, self.seen = history
+        # Ahead of FSDP's own hooks, which gather a block's weights, and with several ranks the next one's.
+        for i, module in enumerate([model, *blocks]):
+            module.register_forward_pre_hook(lambda *_, last=i + (i > 0 and team.ranks > 1): self.arrive(last), prepend=True)
+
+    def state(self):
+        return torch.stack([self.mean, self.variance, self.seen]).tolist()
+
+    @torch.no_grad()
+    def sum_gradients(self):
+        """In the steps before replicas part."""
+        for p in self.velocity:
+            if p.grad is not None:
+                self.team.sum(local(p.grad), self.team.across)
+
+    @torch.no_grad()
+    def leave(self):
+        """Start a round: remember where from."""
+        self.anchor, self.since, self.steps = {p: local(p).detach().clone() for p in self.velocity}, time.monotonic(), 0
+
+    def due(self, seconds):
+        """Whether this step, which took so long, is the last of the round: the first rank of a replica decides, by its clock."""
+        if self.train.sync_seconds:
+            return time.monotonic() - self.since + seconds / 2 >= self.train.sync_seconds
+        return self.steps + 1 >= self.train.sync_every
+
+    def judge(self, norms, sick):
+        """norms (replicas, layers) of the changes, sick (replicas,) bool -> weights (replicas, layers), of which each layer's sum is 1; all 0: go back."""
+        z, T = self.train.sync_z, self.train.sync_temperature
+        usual = self.mean + z * torch.maximum(self.variance.sqrt(), 0.1 * self.mean)
+        bad = ~norms.isfinite() | sick.unsqueeze(1) | ((self.seen >= self.LEAST) & (norms > usual) & (z > 0))
+        bad |= bad.double().mean(1, keepdim=True) > 0.5
+        rate = torch.clamp(1 / (self.seen + 1), min=self.ALPHA)
+        change = torch.where(bad, 0, norms - self.mean)
+        self.mean, self.seen = self.mean + rate * change, self.seen + ~bad
+        self.variance = torch.where(bad, self.variance, (1 - rate) * (self.variance + rate * change.square()))
+        if (bad.double().mean(0) > 0.5).any():
+            return torch.zeros_like(norms)
+        return torch.where(bad, -torch.inf, -norms / T if T else torch.zeros_like(norms)).softmax(0)
+
+    @torch.no_grad()
+    def sync(self, report):
+        """End a round: launch the sums of all layers. report: what this rank has to say -> what each replica says, weights (replicas, layers)."""
+        team, places = self.team, range(len(self.units))
+        changes = [torch.cat([(self.anchor[p] - local(p)).flatten() for p in unit]) for unit in self.units]
+        squares = torch.stack([change.square().sum() for change in changes]).tolist()        # SYNC
+        told = team.gather({**report, "squares": squares})
+        norms = torch.tensor([each["squares"] for each in told], dtype=torch.float64).unflatten(0, (team.replicas, team.ranks)).sum(1).sqrt()
+        told = told[::team.ranks]
+        weights = self.judge(norms, torch.tensor([each["sick"] for each in told]))
+        off = weights.sum(1) == 0
+        share = (weights if weights.any() else torch.full_like(weights, 1 / team.replicas))[team.replica].tolist()
+        if self.biases:
+            biases = team.sum(torch.stack([bias * share[i] for i, bias in self.biases.items()]), team.across)
+            for bias, mean in zip(self.biases.values(), biases):
+                bias.copy_(mean)
+        for p in self.velocity if off.any() else ():                                         # moments first: behind the sums they would wait
+            for t in self.optimizer.state[p].values():
+                healthy = torch.zeros_like(local(t)) if off.all() else local(t).clone()
+                dist.broadcast(healthy, int(off.long().argmin()) * team.ranks + team.rank % team.ranks, group=team.across)
+                if off[team.replica]:
+                    local(t).copy_(healthy)
+        if off.all():                                                                        # back to where all started from
+            for p, start in self.anchor.items():
+                local(p).copy_(start)
+        else:
+            for i, change in zip(places, changes):
+                change = change.mul_(share[i]) if share[i] else change.zero_()               # 0 * NaN would be NaN
+                self.flying.append((i, change, dist.all_reduce(change, group=team.across, async_op=True)))
+        self.since, self.steps = time.monotonic(), 0
+        return told, weights
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def arrive(self, last):
+        """Wait for the layers up to `last`, and step: outer SGD, on each rank for what it holds."""
+        lr, momentum, clip = self.train.outer_lr, self.train.outer_momentum, self.train.outer_clip
+        while self.flying and self.flying[0][0] <= last:
+            i, change, work = self.flying.popleft()
+            with self.trace.inside("sync"):
+                work.wait()
+            norm = self.team.sum(change.square().sum(), self.team.within).sqrt()
+            change.mul_(clip / norm.clamp(min=clip))
+            for p, gradient in zip(self.units[i], change.split([local(p).numel() for p in self.units[i]])):
+                start, velocity, gradient = self.anchor[p], self.velocity[p], gradient.view_as(self.anchor[p])
+                velocity.mul_(momentum).add_(gradient)
+                local(p).copy_(start.sub_(lr * (gradient + momentum * velocity)))            # Nesterov
+            self.since = time.monotonic()                                                    # the round begins when the last has arrived
+
+
+class Trace:
+    """Where the time goes: seconds by phase, always on, one mark where a phase ends and the next begins. On an accelerator marks are events
+    of its stream, read once they have passed, so that nothing waits for them. Each rank adds a line to a file of its own every
+    20 steps, which --report reads; nothing is sent."""
+    EVERY = 20
+
+    def __init__(self, run, team):
+        folder = run / "trace"
+        folder.mkdir(exist_ok=True)
+        self.device, self.stem = team.device, folder / f"rank_{team.rank:05d}"
+        self.file = open(self.stem.with_suffix(".jsonl"), "ab", buffering=0)
+        self.host, self.marks, self.seconds, self.steps, self.open, self.profiler = socket.gethostname(), collections.deque(), Counter(), 0, None, None
+
+    def mark(self, phase):
+        if self.profiler:
+            self.label(phase)
+        if self.device.type == "cpu":
+            now = time.perf_counter()
+        else:
+            now = torch.Event(self.device, enable_timing=True)
+            now.record()
+        self.marks.append((phase, now))
+        while len(self.marks) > 1 and (self.device.type == "cpu" or self.marks[1][1].query()):
+            (phase, start), end = self.marks.popleft(), self.marks[0][1]
+            self.seconds[phase] += end - start if self.device.type == "cpu" else start.elapsed_time(end) / 1e3
+
+    @contextlib.contextmanager
+    def inside(self, phase):
+        """A phase in the midst of another."""
+        outer = self.marks[-1][0] if self.marks else phase
+        self.mark(phase)
+        yield
+        self.mark(outer)
+
+    def label(self, phase):
+        """Name the phase in the profile."""
+        if self.open:
+            self.open.__exit__(None, None, None)
+        self.open = phase and torch.profiler.record_function(phase)
+        if self.open:
+            self.open.__enter__()
+
+    def step(self, step, profile, last=False):
+        """After a step. profile: the one after which to profile three, for chrome://tracing or Perfetto. last: close the files."""
+        self.steps += not last
+        if self.steps == self.EVERY or last:
+            self.file.write(json.dumps({"step": step, "steps": self.steps, "host": self.host, "seconds": self.seconds}).encode() + b"\n")
+            self.seconds, self.steps = Counter(), 0
+        if step == profile:
+            kinds = {torch.profiler.ProfilerActivity.CPU, *torch.profiler.supported_activities()}
+            self.profiler = torch.profiler.profile(activities=kinds)
+            self.profiler.start()
+        elif self.profiler and (step >= profile + 3 or last):
+            self.label(None)
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(f"{self.stem}_step_{profile:08d}.json")
+            self.profiler = None
+
+
+WAITING = {"wait", "exchange", "reduce", "sync"}                # phases in which a rank waits for others: the slow one waits least
+ADVICE = {"data": "move the data to a local disk, or see what else that one does",
+          "forward": "look for heat, another job or a bad card; replace the host, or let it do fewer steps: --sync edit --sync_seconds 60",
+          "wait": "see which rank takes longest before it", "exchange": "a smaller --ep keeps tokens within a node; 1 moves weights instead",
+          "reduce": "raise --batch_tokens", "sync": "raise --sync_every", "checkpoint": "raise --save_every", "evaluation": "raise --eval_every"}
+ADVICE |= {"backward": ADVICE["forward"], "optimizer": ADVICE["forward"]}
+
+
+def report(run):
+    """Print where the time of a run went, which rank the others waited for, and what to try."""
+    traces = {int(path.stem[5:]): [*read_lines(path)] for path in sorted((Path(run) / "trace").glob("rank_*.jsonl"))}
+    traces = {rank: records for rank, records in traces.items() if records}
+    require(traces, f"--report {run}: no trace there yet; a run writes one after {Trace.EVERY} steps")
+    steps = {rank: sum(record["steps"] for record in records) for rank, records in traces.items()}
+    spent = {rank: sum((Counter(record["seconds"]) for record in records), Counter()) for rank, records in traces.items()}
+    host, middle = {rank: records[-1]["host"] for rank, records in traces.items()}, statistics.median
+    per_step = lambda phase, ranks: middle(spent[rank][phase] / max(1, steps[rank]) for rank in ranks)           # seconds
+    share = {phase: middle(seconds[phase] / seconds.total() for seconds in spent.values()) for seconds in spent.values() for phase in seconds}
+    whole = middle(seconds.total() for seconds in spent.values())
+    print(f"{run}: {len(traces)} ranks, {max(steps.values())} steps, {whole:.0f} s in training\n{'phase':12}{'share':>8}{'ms a step':>11}"
+          + "   the slowest rank, over the others" * (len(traces) > 1))
+    late = []                                                    # (seconds a step more than the others, rank, phase)
+    for phase in sorted(share, key=share.get, reverse=True):
+        line = f"{phase:12}{share[phase]:8.1%}{1e3 * per_step(phase, traces):11.2f}"
+        if len(traces) > 1 and phase not in WAITING:
+            slowest = max(traces, key=lambda rank: per_step(phase, [rank]))
+            late.append((per_step(phase, [slowest]) - per_step(phase, traces.keys() - {slowest}), slowest, phase))
+            line += f"   rank {slowest} ({host[slowest]}): {1e3 * late[-1][0]:+.1f} ms a step"
+        print(line)
+    extra, rank, phase = max(late, default=(0, None, None))
+    if extra * max(steps.values()) > 0.03 * whole:
+        cost = extra * max(steps.values())
+        print(f"slowest: rank {rank} ({host[rank]}) in {phase}, {1e3 * extra:.0f} ms a step more than the others, who waited {cost:.1f} s for it, "
+              f"{cost / whole:.0%} of their time\nto try: {ADVICE[phase]}")
+    else:
+        phase = max(share.keys() - {"forward", "backward", "optimizer"}, key=share.get)
+        print("no rank holds up the others" if len(traces) > 1 else "one rank: none waits for another", end="; ")
+        print(f"{share[phase]:.0%} of the time is {phase}; to try: {ADVICE[phase]}" if share[phase] > 0.1 else "what is not computing takes less than 10 % each")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Evaluation and display
 
 @torch.no_grad()
 def evaluate(model, data, token_bytes, rows, team, alive=lambda: None):
@@ -866,6 +1210,11 @@ def strip(load):
     return "".join(bars[min(7, int(x))] for x in level.tolist()[:64])
 
 
+def uneven_load(load):
+    """load (MoE layers, E) -> (MoE layers,): largest over mean."""
+    return load.amax(1) / load.float().mean(1).clamp(min=1e-9) if len(load) else torch.ones(1)
+
+
 class Status:
     """One live line on a terminal; elsewhere a plain line every ten seconds."""
 
@@ -886,15 +1235,15 @@ class Status:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. The run
+# 9. The run
 
 def build(train, config, team, resumed):
     """The model on its device and in its layout, with its first weights, or none yet if the run is resumed."""
     with torch.device("meta"):                                   # nothing exists whole, then each rank makes its part
         model = Ling(config)
     prepare_blocks(model, train)
-    if team.size > 1:
-        parallelize(model, train, team.device.type)
+    if team.ranks > 1:
+        parallelize(model, train, team)
     model.to_empty(device=team.device)
     model.tie()
     if resumed is None:
@@ -908,11 +1257,20 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     token_bytes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=device)
     model = build(train, config, team, resumed)
     optimizer = make_optimizer(model, train)
-    load = torch.zeros(len(model.moe_blocks()), config.num_experts, dtype=torch.int64, device=device)     # of the last step
-    state, step = training_state(model, optimizer, load), 0
-    if resumed is not None:
-        load_checkpoint(resumed, state)
-        step = read_json(resumed / "state.json")["step"]
+    load = torch.zeros(len(model.moe_blocks()), config.num_experts, dtype=torch.int64, device=device)     # of the last step, or round
+    about = read_json(resumed / "state.json") if resumed else {}
+    step, tokens_done, saved = (about.get(key, default) for key, default in (("step", 0), ("tokens", None), ("spikes", [])))
+    tokens_done = int(first_sample[step]) * train.seq_len if tokens_done is None else tokens_done
+    trace = Trace(run, team)
+    edit = EDiT(model, optimizer, train, team, trace, about.get("edit")) if team.replicas > 1 else None
+    replica = team.replica if team.replica < len(saved) else 0                               # whose moments; a new replica has the first's
+    if resumed:
+        load_checkpoint(resumed, training_state(model, optimizer, load, replica, edit and about.get("edit") and edit.momentum))
+    state = training_state(model, optimizer, load, team.replica, edit and edit.momentum)
+    # Each replica between syncs has its own spikes, and may be ahead of the run's step or behind it.
+    apart = edit is not None and len(saved) == team.replicas
+    spikes = Spikes(train, saved[team.replica] if apart else saved and [saved[0][0], sum((each[1] for each in saved), []), saved[0][2]])
+    ahead = about["ahead"][team.replica] if apart else 0
     params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), peak_flops(device)
     rows = train.micro_batch_tokens // train.seq_len
     # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
@@ -933,33 +1291,50 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
                if number is not None}
     metrics, status = open(run / "metrics.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0), Status()
     log = lambda record: metrics.write(json.dumps(record).encode() + b"\n")                  # a line at once, or not at all
-    watch = Watch(team, train.timeout)
+    ledger = open(run / "ledger.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0)
+    if not train.compile:
+        AllToAll.timer = lambda: trace.inside("exchange")
+    watch = Watch(team, train.timeout, trace)
     saver = Saver(run, state, team, watch, train.keep)
     saver.saved, seconds_mean, stopping = step if resumed else None, None, False
+    round_start, told = time.perf_counter(), None
+    tally, round_load, before = Counter(), torch.zeros_like(load), step
+    describe = lambda: {"tokens": tokens_done, "spikes": [each["spikes"] for each in told], "ahead": [each["cursor"] - step for each in told]} | (
+        {"edit": edit.state()} if edit else {})
     while step < train.steps and not stopping:
         start = time.perf_counter()
         watch.at(step + 1, "data")
 
         # 1. learning rate and batch size; this rank's sequences, an equal number on each, at the end filled up with ignored ones
         lr = lr_at(step, train)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         alpha = min(1.0, step / config.router_warmup_steps) if config.router_warmup_steps else 1.0
-        samples = range(int(first_sample[step]), int(first_sample[step + 1]))
-        each = -(-len(samples) // team.size)
-        mine = samples[team.rank * each:(team.rank + 1) * each]
-        tokens, targets = data.batch(mine.start, len(mine), device, each)
+        alone = edit is not None and step >= train.sync_warmup                               # this replica takes its own steps, on its part of the batch
+        if alone and not apart:
+            spikes.waiting, apart = spikes.waiting[team.replica::team.replicas], True
+        if alone and not edit.anchor:
+            edit.leave()
+        samples = samples_of(step + ahead, first_sample)
+        if alone:
+            samples = samples[len(samples) * team.replica // team.replicas:len(samples) * (team.replica + 1) // team.replicas]
+        returned = spikes.returning(step + ahead)
+        samples = [*samples, *(k for k, *_ in returned)]
+        group, rank, ranks = (team.within, team.rank % team.ranks, team.ranks) if alone else (None, team.rank, team.size)
+        each = -(-len(samples) // ranks)
+        mine = samples[rank * each:(rank + 1) * each]
+        mine += [-1] * (each - len(mine))
+        tokens, targets = data.batch(mine, device)
 
         # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
-        counts, parts = team.sum(count_targets(config, targets)), Counter()
+        watch.at(step + 1, "wait")
+        counts, parts = team.sum(count_targets(config, targets), group), Counter()
         # A share of the whole batch is only known after it; the step before's differs little, needs no messages, and is the same for
         # every split into ranks and micro-batches. Before the first step: even, a loss without a gradient.
         shares = None if train.balance == "micro" else (load + (step == 0)) / (load + (step == 0)).sum(1, keepdim=True).clamp(min=1)
         load_now = torch.zeros_like(load)
         for i in range(0, each, rows):
-            if team.size > 1:
-                hold_gradients(model, train, last=i + rows >= each)
-            seeds = [sequence_seed(train.seed, step, mine.start + j) for j in range(i, min(i + rows, each))]
+            if team.ranks > 1:
+                hold_gradients(model, train.replicate == team.size, last=i + rows >= each)
+            seeds = [sequence_seed(train.seed, step, k) for k in mine[i:i + rows]]
             watch.at(step + 1, "forward")
             with autocast():
                 out = model(tokens[i:i + rows], targets[i:i + rows], counts=counts, shares=shares, warmup=None if alpha == 1 else Warmup(alpha, seeds))
@@ -969,60 +1344,98 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
                 parts[name] += value.detach()
             load_now += out.load
 
-        # 3. loss, load and gradient norm of the whole step, and whether anyone was asked to stop
+        # 3. loss, load and gradient norm of the whole step, whether anyone was asked to stop, and whether it ends a round
         watch.at(step + 1, "reduce")
+        if edit and not alone:
+            edit.sum_gradients()
         orphaned = os.getppid() != team.parent                                               # torchrun is gone: no one would restart us
-        sums = team.sum(torch.stack([*parts.values(), torch.tensor(float(bool(stop) or orphaned), device=device)]))
-        load.copy_(team.sum(load_now))
+        due = alone and rank == 0 and edit.due(time.perf_counter() - start)
+        sums = team.sum(torch.stack([*parts.values(), *torch.tensor([float(bool(stop) or orphaned), due], device=device)]), group)
+        load_now = team.sum(load_now, group)
         norm = grad_norm(model, team)
-        *values, asked = sums.tolist()                                                       # SYNC
+        *values, asked, due = sums.tolist()                                                  # SYNC
         parts, stopping, norm = dict(zip(parts, values)), asked > 0, float(norm)
-        uneven = load.amax(1) / load.float().mean(1).clamp(min=1e-9) if len(load) else torch.ones(1)   # (MoE layers,)
-        imbalance = float(uneven.max())
 
-        # 4. a step that is not finite never reaches the weights
-        if not math.isfinite(parts["loss"]) or not math.isfinite(norm):
-            saver.wait()
-            raise BadInput(f"step {step + 1}: loss {parts['loss']}, gradient norm {norm}; the last checkpoint is intact: lower --lr from {train.lr} "
-                           "and start over with --fresh")
+        # 4. spike?
+        verdict = spikes.judge(step, parts["loss"], norm, samples, returned, alone)
 
         # 5. clip and step
         watch.at(step + 1, "optimizer")
-        for p in model.parameters():
-            if p.grad is not None and norm > train.clip:
-                local(p.grad).mul_(train.clip / norm)
-        optimizer.step()
+        for group_ in optimizer.param_groups:
+            group_["lr"] = lr * (spikes.LOWER if verdict == "lower" else 1.0)
+        if verdict != "skip":
+            for p in model.parameters():
+                if p.grad is not None and norm > train.clip:
+                    local(p.grad).mul_(train.clip / norm)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 6. rebalance the experts
-        update_expert_bias(model, load)
+        if verdict != "skip":
+            load.copy_(load_now)
+            update_expert_bias(model, load)
         step += 1
 
-        # 7. log
+        # 7. log: a step, or with --sync edit all that the replicas did since they parted
+        n, finite = len(samples) * train.seq_len, math.isfinite(parts["loss"] + norm)
+        tally.update({"steps": 1, "seen": n, "tokens": n * (verdict != "skip"), "skipped": int(verdict == "skip")})
+        tally.update({"finite": 1, **parts, "grad_norm": norm} if finite else {})
+        round_load += load_now
+        trace.step(step, train.profile)
         seconds = time.perf_counter() - start
         seconds_mean = seconds if seconds_mean is None else 0.95 * seconds_mean + 0.05 * seconds
-        n = len(samples) * train.seq_len
-        log({"step": step, "tokens": samples.stop * train.seq_len, **parts, "lr": lr, "grad_norm": norm, "tokens_per_s": n / seconds,
-             "mfu": n / seconds * flops / (peak * team.size) if peak else None, "imbalance": imbalance, "skipped": 0})
         eta = (train.steps - step) * seconds_mean
-        status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  {n / seconds_mean:,.0f} tok/s  "
+        uneven = uneven_load(load_now)
+        status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  {n * team.size / ranks / seconds_mean:,.0f} tok/s  "
                       f"left {int(eta) // 60}:{int(eta) % 60:02d}" +
-                      (f"  load {strip(load[uneven.argmax()])} {imbalance:.2f}" if len(load) else ""))
+                      (f"  load {strip(load_now[uneven.argmax()])} {float(uneven.max()):.2f}" if len(load) else ""))
+        told, weights = [{"tally": tally, "spikes": spikes.state(), "events": spikes.events, "cursor": step + ahead, "asked": stopping,
+                          "sick": 2 * tally["skipped"] > tally["steps"], "at": watch.count}], None
+        if alone:
+            edit.steps += 1
+            if not (due or stopping or step >= train.steps):
+                continue
+            watch.at(step, "sync")
+            told, weights = edit.sync(*told)
+            round_load, watch.count = team.sum(round_load, team.across), max(each["at"] for each in told)
+            load.copy_(round_load)
+        totals = sum((Counter(each["tally"]) for each in told), Counter())
+        step, stopping = sum(each["cursor"] for each in told) // len(told), any(each["asked"] for each in told)
+        ahead = told[team.replica if alone else 0]["cursor"] - step
+        tokens_done, speed = tokens_done + totals["tokens"], totals["seen"] / (time.perf_counter() - round_start)
+        log({"step": step, "tokens": tokens_done, **{key: totals[key] / totals["finite"] if totals["finite"] else None for key in (*parts, "grad_norm")},
+             "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": speed, "mfu": speed * flops / (peak * team.size) if peak else None,
+             "imbalance": float(uneven_load(round_load).max()), "skipped": totals["skipped"]} |
+            ({"steps": [each["tally"]["steps"] for each in told], "weights": weights.mean(1).tolist()} if alone else {}))
+        for replica, each in enumerate(told):
+            for event in each["events"]:
+                ledger.write(json.dumps({**event, "replica": replica}).encode() + b"\n")
+        spikes.events, tally, round_load = [], Counter(), torch.zeros_like(load)
+        if not alone and (hopeless := spikes.hopeless()):
+            saver.wait()
+            raise BadInput(hopeless)
 
         # 8. evaluate, checkpoint
-        if step == train.steps or train.eval_every and step % train.eval_every == 0:
+        crossed = lambda every: every and step // every > before // every
+        if alone and (stopping or step >= train.steps or crossed(train.save_every)):
+            edit.arrive(last=len(edit.units))
+        if step >= train.steps or crossed(train.eval_every):
             with autocast():
                 score = evaluate(model, data, token_bytes, rows, team, lambda: watch.at(step, "evaluation"))
             log({"step": step, **score})
             status.note(f"step {step}  held-out: {score['val_ce']:.4f} nats per token, {score['val_bpb']:.4f} bits per byte")
-        if step < train.steps and train.save_every and step % train.save_every == 0:
+        if step < train.steps and crossed(train.save_every):
             watch.at(step, "checkpoint")
-            saver.save(step)
+            saver.save(step, describe())
+        before, round_start = step, time.perf_counter()
 
     watch.at(step, "last checkpoint")
-    saver.finish(step)
+    saver.finish(step, describe())
+    trace.step(step, train.profile, last=True)
     watch.stop()
+    AllToAll.timer = contextlib.nullcontext
     metrics.close()
+    ledger.close()
     for number, handler in signals.items():
         signal.signal(number, handler)
     if step < train.steps:
@@ -1037,21 +1450,51 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     return 0
 
 
+@torch.no_grad()
+def export(run, train, config, team, resumed):
+    """Write the newest checkpoint in the released format, or the mean of the last --merge ones, and say what that did to the held-out loss."""
+    model, tokenizer, out = build(train, config, team, resumed), load_tokenizer(str(run)), train.export or f"{run}-merged"
+    state = {"model": model.state_dict()}
+    load_checkpoint(resumed, state)
+    if train.merge:
+        folders, data = sorted(run.glob("step_*"))[-train.merge:], Data(read_data(run, train, config), train)
+        require(len(folders) == train.merge, f"--merge {train.merge}: {run} has {len(folders)} checkpoints; train with --keep {train.merge} and --decay 0")
+        for folder in folders:
+            require(not (damage := checkpoint_damage(folder)), f"--merge {train.merge}: {folder} is damaged ({damage}); merge fewer")
+        sizes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=team.device)
+        score = lambda: evaluate(model, data, sizes, max(1, train.micro_batch_tokens // train.seq_len), team)["val_bpb"]
+        last, mean = score(), [torch.zeros_like(local(t)) for t in state["model"].values()]
+        for folder, weight in zip(folders, merge_weights(train.merge, train.merge_shape)):
+            load_checkpoint(folder, state)
+            for total, t in zip(mean, state["model"].values()):
+                total.add_(local(t), alpha=weight)
+        for total, t in zip(mean, state["model"].values()):
+            local(t).copy_(total)
+        print(f"held-out bits per byte: {last:.4f} of the last checkpoint, {score():.4f} of the mean of {train.merge}, {folders[0].name} to {folders[-1].name}")
+    model.save_pretrained(out)
+    if tokenizer.file and team.rank == 0:
+        write_beside(Path(out) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
+    print(f"exported {resumed.name if not train.merge else f'the mean of the last {train.merge} checkpoints'} of {run} to {out}")
+
+
 def finished(run, step):
     print(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
           f"next: python sample.py {run} --prompt def   (train on: python train.py --out {run} --steps N)")
 
 
-def trim_metrics(run, step):
-    """Drop what was logged after the checkpoint, and a line cut short by a kill: the steps will be logged again."""
-    path, kept = run / "metrics.jsonl", []
+def read_lines(path):
+    """The objects of a file of JSON lines; a line cut short by a kill is passed over."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_beside(path, lambda f: f.write(b"".join(line + b"\n" for line in kept)))
+        with contextlib.suppress(ValueError):
+            if isinstance(record := json.loads(line), dict):
+                yield record
+
+
+def trim_logs(run, step):
+    """Drop what was logged after the checkpoint: the steps will be logged again."""
+    for path in (run / "metrics.jsonl", run / "ledger.jsonl"):
+        kept = [record for record in read_lines(path) if record.get("step", math.inf) <= step]
+        write_beside(path, lambda f: f.write(b"".join(json.dumps(record).encode() + b"\n" for record in kept)))
 
 
 def start_run(run, train, config, given_model, continues):
@@ -1080,11 +1523,18 @@ def start_run(run, train, config, given_model, continues):
 def main(argv=None):
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
+    if given_train.get("report"):
+        return report(given_train["report"])
     run, train, config, continues = resolve(given_train, given_model)
+    if train.export or train.merge:
+        train = dataclasses.replace(train, sync="step")
     team, layout = Team(train.device), ""
+    require(team.size > 1 or train.sync == "step", "--sync edit is for copies that train on their own: start several processes with torchrun")
     if team.size > 1:
         train, layout = choose_layout(train, config, team)                                   # raises before anything is connected
     team.connect(train.timeout)
+    if train.sync == "edit":
+        team.split(train.replicate)
     run = Path(team.first(lambda: str(run)))                                                 # of --fresh there may be two minds
     resumed, step = None, 0
     if continues:
@@ -1092,18 +1542,13 @@ def main(argv=None):
         resumed = find_checkpoint(run, share, lambda damage: next(filter(None, team.gather(damage)), None))
         require(resumed or not any(run.glob("step_*")), f"no checkpoint in {run} is intact; start over with --fresh")
         step = read_json(resumed / "state.json")["step"] if resumed else 0
-    require(resumed or not train.export, f"--export {train.export}: {run} has no checkpoint yet; train first")
-    if train.export:
-        model = build(train, config, team, resumed)
-        model.load_pretrained(run, resumed)
-        model.save_pretrained(train.export)
-        if (tokenizer := load_tokenizer(str(run))).file and team.rank == 0:
-            write_beside(Path(train.export) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
-        print(f"exported step {step} of {run} to {train.export}")
+    require(resumed or not (train.export or train.merge), f"--export, --merge: {run} has no checkpoint yet; train first")
+    if train.export or train.merge:
+        export(run, train, config, team, resumed)
     elif step >= train.steps:
         finished(run, step)
     else:
-        team.first(lambda: start_run(run, train, config, given_model, continues) or trim_metrics(run, step))
+        team.first(lambda: start_run(run, train, config, given_model, continues) or trim_logs(run, step))
         config = read_config(run)
         train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout)
     team.close()
