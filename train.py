@@ -109,11 +109,11 @@ class TrainConfig:
     # many processes
     sync: str = option("step", "step: gradients of all ranks, every step; edit: --replicate copies train on their own between syncs",
                        choices=("step", "edit"))
-    sync_every: int = option(32, "edit: steps of a copy between syncs")
+    sync_every: int = option(16, "edit: steps of a copy between syncs")
     sync_seconds: float = option(0.0, "edit: sync after so many seconds instead, so that a slow copy does fewer steps")
     sync_warmup: int = option(50, "edit: steps with gradients of all ranks before the first on their own")
-    outer_lr: float = option(0.7, "edit: step size of a sync; 1 with --outer_momentum 0 moves to the weighted mean")
-    outer_momentum: float = option(0.8, "edit: Nesterov momentum from sync to sync")
+    outer_lr: float = option(0.8, "edit: step size of a sync; 1 with --outer_momentum 0 moves to the weighted mean")
+    outer_momentum: float = option(0.5, "edit: Nesterov momentum from sync to sync")
     outer_clip: float = option(10.0, "edit: largest norm of a layer's mean change")
     sync_z: float = option(3.0, "edit: a copy whose change is so many standard deviations larger than it used to be is left out; 0: only if not finite")
     sync_temperature: float = option(1.0, "edit: copies are weighted by softmax(-norm of their change / this); 0: all alike")
@@ -1016,19 +1016,22 @@ class EDiT:
             return time.monotonic() - self.since + seconds / 2 >= self.train.sync_seconds
         return self.steps + 1 >= self.train.sync_every
 
-    def judge(self, norms, sick):
-        """norms (replicas, layers) of the changes, sick (replicas,) bool -> weights (replicas, layers), of which each layer's sum is 1; all 0: go back."""
-        z, T = self.train.sync_z, self.train.sync_temperature
-        usual = self.mean + z * torch.maximum(self.variance.sqrt(), 0.1 * self.mean)
-        bad = ~norms.isfinite() | sick.unsqueeze(1) | ((self.seen >= self.LEAST) & (norms > usual) & (z > 0))
+    def judge(self, norms, steps, lr, sick):
+        """norms (replicas, layers) of the changes; of each replica the steps of the round, the mean learning rate and whether it calls itself
+        sick, (replicas,) -> weights (replicas, layers), 1 in all for each layer; all 0: go back."""
+        z, T, pace = self.train.sync_z, self.train.sync_temperature, lr * steps ** 0.75      # norms grow so: measured on the toy, 1 to 32 steps
+        usual = norms / pace.clamp(min=1e-12).unsqueeze(1)
+        limit = self.mean + z * torch.maximum(self.variance.sqrt(), 0.1 * self.mean)
+        bad = ~norms.isfinite() | sick.unsqueeze(1) | ((self.seen >= self.LEAST) & (usual > limit) & (z > 0))
         bad |= bad.double().mean(1, keepdim=True) > 0.5
         rate = torch.clamp(1 / (self.seen + 1), min=self.ALPHA)
-        change = torch.where(bad, 0, norms - self.mean)
+        change = torch.where(bad, 0, usual - self.mean)
         self.mean, self.seen = self.mean + rate * change, self.seen + ~bad
         self.variance = torch.where(bad, self.variance, (1 - rate) * (self.variance + rate * change.square()))
         if (bad.double().mean(0) > 0.5).any():
             return torch.zeros_like(norms)
-        return torch.where(bad, -torch.inf, -norms / T if T else torch.zeros_like(norms)).softmax(0)
+        score = -norms * (steps.mean() / steps).unsqueeze(1) / T if T else torch.zeros_like(norms)              # a slow replica's norm is small
+        return torch.where(bad, -torch.inf, score).softmax(0)
 
     @torch.no_grad()
     def sync(self, report):
@@ -1039,7 +1042,8 @@ class EDiT:
         told = team.gather({**report, "squares": squares})
         norms = torch.tensor([each["squares"] for each in told], dtype=torch.float64).unflatten(0, (team.replicas, team.ranks)).sum(1).sqrt()
         told = told[::team.ranks]
-        weights = self.judge(norms, torch.tensor([each["sick"] for each in told]))
+        steps, lr = torch.tensor([[each["tally"]["steps"], each["tally"]["lr"] / each["tally"]["steps"]] for each in told], dtype=torch.float64).T
+        weights = self.judge(norms, steps, lr, torch.tensor([each["sick"] for each in told]))
         off = weights.sum(1) == 0
         share = (weights if weights.any() else torch.full_like(weights, 1 / team.replicas))[team.replica].tolist()
         if self.biases:
@@ -1357,7 +1361,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         parts, stopping, norm = dict(zip(parts, values)), asked > 0, float(norm)
 
         # 4. spike?
-        verdict = spikes.judge(step, parts["loss"], norm, samples, returned, alone)
+        verdict = spikes.judge(step + ahead, parts["loss"], norm, samples, returned, alone)
 
         # 5. clip and step
         watch.at(step + 1, "optimizer")
@@ -1378,7 +1382,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
 
         # 7. log: a step, or with --sync edit all that the replicas did since they parted
         n, finite = len(samples) * train.seq_len, math.isfinite(parts["loss"] + norm)
-        tally.update({"steps": 1, "seen": n, "tokens": n * (verdict != "skip"), "skipped": int(verdict == "skip")})
+        tally.update({"steps": 1, "lr": lr, "seen": n, "tokens": n * (verdict != "skip"), "skipped": int(verdict == "skip")})
         tally.update({"finite": 1, **parts, "grad_norm": norm} if finite else {})
         round_load += load_now
         trace.step(step, train.profile)
@@ -1528,8 +1532,8 @@ def main(argv=None):
     run, train, config, continues = resolve(given_train, given_model)
     if train.export or train.merge:
         train = dataclasses.replace(train, sync="step")
-    team, layout = Team(train.device), ""
-    require(team.size > 1 or train.sync == "step", "--sync edit is for copies that train on their own: start several processes with torchrun")
+    team, layout, asked = Team(train.device), "", train          # what was asked for is what a run keeps: another number of ranks fills it in anew
+    require(team.size > 1 or train.sync == "step", "--sync edit is for copies that train on their own: start several processes with torchrun, or go on with --sync step")
     if team.size > 1:
         train, layout = choose_layout(train, config, team)                                   # raises before anything is connected
     team.connect(train.timeout)
@@ -1548,7 +1552,7 @@ def main(argv=None):
     elif step >= train.steps:
         finished(run, step)
     else:
-        team.first(lambda: start_run(run, train, config, given_model, continues) or trim_logs(run, step))
+        team.first(lambda: start_run(run, asked, config, given_model, continues) or trim_logs(run, step))
         config = read_config(run)
         train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout)
     team.close()
