@@ -19,6 +19,7 @@ Shapes: T tokens, D hidden, E experts, k chosen per token, F expert width, V voc
 width. A banner says: formula; dtypes; what autograd moves and what the twin moves; the measured gain (forward and backward,
 fp32, the shapes of CASES).
 """
+import argparse
 import functools
 import math
 import os
@@ -1295,10 +1296,15 @@ def compile_check():
     return int(spilled > 0)
 
 
-def main():
-    if "--compile-check" in sys.argv[1:]:
+def main(argv=None):
+    parser = argparse.ArgumentParser("kernels.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    job = parser.add_mutually_exclusive_group()
+    job.add_argument("--bench", action="store_true")
+    job.add_argument("--compile-check", action="store_true")
+    args = parser.parse_args(argv)
+    if args.compile_check:
         return compile_check()
-    if "--bench" in sys.argv[1:]:
+    if args.bench:
         if triton is None or not torch.cuda.is_available():
             print("--bench needs a GPU that Triton can use", file=sys.stderr)
             return 2
