@@ -3,6 +3,8 @@
     python kernels.py                       # parity and speed of every op on this machine, as a table
     python kernels.py --bench               # on a GPU: every kernel against its goal, its rivals and its floor; decoding, whole models
     python kernels.py --compile-check       # registers and spills of every GPU kernel, on a machine without a GPU
+    python kernels.py --fingerprint a.json  # ten steps of two tiny models, noted op by op [--dtype bfloat16] [--device NAME]
+    python kernels.py --compare a.json b.json   # two machines: the first op, layer and direction that more than rounding tells apart
     LING_KERNELS=auto|torch|fused           # auto: fast where it applies; torch: definitions only; fused: never fall back
 
 An op is called like a function. `op.reference` is its definition: short, differentiable by autograd, true on every device.
@@ -20,13 +22,18 @@ width. A banner says: formula; dtypes; what autograd moves and what the twin mov
 fp32, the shapes of CASES).
 """
 import argparse
+import collections
 import functools
+import inspect
+import json
 import math
 import os
+import platform
 import statistics
 import sys
 import time
 import types
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +50,7 @@ if MODE not in ("auto", "torch", "fused"):
     raise ValueError(f"LING_KERNELS={MODE} is none of auto, torch, fused")
 OPS = {}                                                        # name -> op
 CASES = {}                                                      # name -> inputs for parity and speed: (scale, dtype) -> args
+RECORD = None                                                   # while --fingerprint watches: called in place of every op, with op and args
 
 
 def op(reference):
@@ -51,6 +59,8 @@ def op(reference):
 
     @functools.wraps(reference)
     def call(*args):
+        if RECORD is not None:
+            return RECORD(call, args)
         if MODE != "torch":
             for when, twin in twins:
                 if when(*args):
@@ -1296,12 +1306,211 @@ def compile_check():
     return int(spilled > 0)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# --fingerprint and --compare: is a run on other chips the same run? Moving Ling between platforms, wrong gradients of NormHead and of the
+# auxiliary losses were found only by laying two of them side by side, op by op [Ling1 6.2, fig. 20]. A tiny model of each generation takes
+# ten steps; of the first, every output and input gradient of every op is noted, in the order in which they come, with two measures:
+#   - error: the distance from the op's definition in float64 on the CPU, of the very same inputs and incoming gradients. Rounding of
+#     earlier ops is not in it, so it is small in bfloat16 too; where it is not, this machine is wrong, in this op.
+#   - projections on eight vectors of random signs: the root mean square of their differences estimates how far the tensors of two
+#     machines are apart, though neither is kept. They see what no op does: residuals, embeddings, sums of gradients, the optimizer.
+
+FORMAT, STEPS = 1, 10                                           # FORMAT of the files: raise it with every change of what is run or noted
+# Relative distances that rounding explains: of an error or a loss; of two machines' tensors. About ten times (bfloat16: five and two times)
+# the largest over threads, instruction sets, LING_KERNELS and interpreted GPU kernels on a CPU. In bfloat16 tokens near a tie change experts,
+# which moves gradients by a third: what is no op is better compared in float32, where no choice of these models is near a tie.
+ROUNDING = {"float32": (4e-6, 3e-5), "bfloat16": (3e-2, 0.6)}
+
+
+def in_order(out):
+    """Outputs by name. The order in which route lists a token's experts is the device's choice: made ascending, or nothing compares."""
+    if not isinstance(out, tuple):
+        return {"output": out}
+    weights, chosen, scores = out
+    chosen, order = chosen.sort(-1)
+    return {"weights": weights.gather(-1, order), "experts": chosen, "scores": scores}
+
+
+class Recorder:
+    """Stands in for every op of a model: runs it, and keeps what went in and what came out, forward and backward."""
+
+    def __init__(self, name, model):
+        self.layer, self.calls, self.events = name, collections.Counter(), []
+        enter = lambda layer: lambda *_: setattr(self, "layer", layer)
+        for path, block in model.named_modules():
+            if path.rpartition(".")[0] in ("layers", "mtp"):
+                block.register_forward_pre_hook(enter(f"{name}/{path}"))
+                block.register_forward_hook(enter(name))
+
+    def __call__(self, op, args):
+        global RECORD
+        copy = lambda t: t.detach().to("cpu", copy=True) if torch.is_tensor(t) else t
+        view = lambda t: t.view_as(t) if torch.is_tensor(t) and t.requires_grad else t       # whose gradient is of this op alone
+        args = dict(zip(inspect.signature(op).parameters, map(view, args)))
+        RECORD = None                                           # what an op calls is its own affair, and another twin calls other things
+        out = {name: view(t) for name, t in in_order(op(*args.values())).items()}
+        RECORD = self
+        call = types.SimpleNamespace(op=op, where=f"{self.layer}, {op.__name__}.{self.calls[self.layer, op]}", incoming={}, exact=None,
+                                     args={name: copy(a) for name, a in args.items()}, out={name: copy(t) for name, t in out.items()})
+        self.calls[self.layer, op] += 1
+        self.events += [(call, "forward", name, t) for name, t in call.out.items()]
+        note = lambda name, g: self.events.append((call, "backward", name, g))
+        for tensors, keep in ((out, call.incoming.__setitem__), (args, note)):
+            for name, t in tensors.items():
+                if torch.is_tensor(t) and t.requires_grad:      # a gradient that a twin forgets is None: zeros
+                    t.register_hook(lambda g, name=name, keep=keep, shape=t.shape: keep(name, torch.zeros(shape) if g is None else copy(g)))
+        return tuple(out.values()) if len(out) > 1 else out["output"]
+
+    def entries(self):
+        for call, direction, name, t in self.events:
+            call.exact = call.exact or exact(call)
+            want, tensors = call.exact[direction, name], filter(torch.is_tensor, (*call.args.values(), *call.out.values()))
+            error = (t - want).norm() / want.norm().clamp(min=1e-30) if t.is_floating_point() else (t != want).double().mean()
+            ran = "bfloat16" if any(x.dtype == torch.bfloat16 for x in tensors) else "float32"
+            yield f"{call.where}, {direction}, {name}", summary(t) | {"error": float(error), "ran": ran}
+
+
+def exact(call):
+    """What an op's definition makes of a recorded call in float64 -> {(direction, name): output or input gradient}."""
+    args = {name: a.double() if torch.is_tensor(a) and a.is_floating_point() else a for name, a in call.args.items()}
+    if call.op is route:                                        # in a tie those that were chosen: the bias touches the choice alone
+        args["expert_bias"] = 1e-6 * F.one_hot(call.out["experts"], args["logits"].shape[-1]).sum(1) + (
+            0 if args["expert_bias"] is None else args["expert_bias"])
+    values, inputs = leaves(args.values())
+    out = in_order(call.op.reference(*values))
+    gradients = torch.autograd.grad([out[name] for name in call.incoming], inputs, [g.double() for g in call.incoming.values()], allow_unused=True)
+    names = [name for name, a in zip(args, values) if torch.is_tensor(a) and a.requires_grad]
+    return {("forward", name): t.detach() for name, t in out.items()} | {("backward", name): g for name, g in zip(names, gradients)}
+
+
+@functools.cache
+def signs(n):
+    return torch.randint(2, (8, n), generator=torch.Generator().manual_seed(n)).double() * 2 - 1
+
+
+def summary(t):
+    flat = t.detach().cpu().flatten()
+    x = flat.double()
+    return {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape), "crc": zlib.crc32(flat.view(torch.uint8).numpy()),
+            "norm": float(x.norm()), "mean": float(x.mean()), "largest": float(x.abs().max()), "projections": (signs(len(x)) @ x).tolist()}
+
+
+def fingerprint(file, dtype, device):
+    global RECORD
+    from ling import PRESETS, Ling, LingConfig, update_expert_bias, write_json
+    from train import make_optimizer
+    size = dict(vocab_size=250, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
+                intermediate_size=96, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=40, initializer_range=0.1)
+    models = {name: PRESETS[preset] | size for name, preset in (("ling1", "toy-lite"), ("ling2", "small"))}
+    rows = torch.randint(size["vocab_size"], (4, 49), generator=torch.Generator().manual_seed(0))
+    tokens, targets = rows[:, :-1].to(device), rows[:, 1:].clone().to(device)
+    targets[0, -9:] = -1                                        # ignored
+    entries, losses = {}, {}
+    for name, fields in models.items():
+        model = Ling(LingConfig(**fields)).to(device)
+        for t in model.state_dict().values():
+            if t.dim() == 1:                                    # norms of 1 and biases of 0 would not be missed
+                t += torch.linspace(-0.1, 0.1, len(t)).to(device)
+        optimizer = make_optimizer(model, types.SimpleNamespace(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1))
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-5                                 # at 1e-8 a weight whose gradient is nothing but rounding takes whole steps
+        recorder = Recorder(name, model)
+        for step in range(STEPS):
+            RECORD = recorder if step == 0 else None
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                out = model(tokens, targets)
+            RECORD = None
+            out.loss.backward()
+            if step == 0:
+                entries |= recorder.entries()
+                entries |= {f"{name}, {path}, backward, sum": summary(torch.zeros_like(p) if p.grad is None else p.grad)
+                            for path, p in model.named_parameters()}
+            for part, value in {"loss": out.loss, **out.parts}.items():
+                losses.setdefault(f"{name}, {part}", []).append(float(value.detach()))
+            optimizer.step()
+            optimizer.zero_grad()
+            update_expert_bias(model, out.load)
+        entries |= {f"{name}, {path}, after {STEPS} steps": summary(t) for path, t in model.state_dict().items()}
+    made = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
+            "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), "LING_KERNELS": MODE, "dtype": dtype,
+            "device": getattr(torch.get_device_module(device), "get_device_name", lambda: str(device))()}
+    body = {"format": FORMAT, "models": models, "made": made, "losses": losses, "entries": entries}
+    write_json(file, body | {"crc": zlib.crc32(json.dumps(body).encode())})
+    print(f"{file}: {len(entries)} tensors and the losses of {STEPS} steps, in {dtype} on {device}; then python kernels.py --compare {file} OTHER")
+
+
+def read_fingerprint(file):
+    from ling import read_json, require
+    body = read_json(file)
+    require(isinstance(body, dict) and "format" in body, f"{file} is no fingerprint; make one with python kernels.py --fingerprint {file}")
+    require(body["format"] == FORMAT, f"{file} has format {body['format']!r}, this program compares {FORMAT}; make both files with one version")
+    crc = body.pop("crc", None)
+    require(crc == zlib.crc32(json.dumps(body).encode()), f"{file} is damaged or was edited; make it again")
+    return body
+
+
+def distance(a, b):
+    """How far the tensors of two machines are apart, in parts of the smaller one: an estimate."""
+    square = statistics.fmean((p - q) ** 2 for p, q in zip(a["projections"], b["projections"]))
+    return 0.0 if a["crc"] == b["crc"] else math.sqrt(square) / max(min(a["norm"], b["norm"]), 1e-30)
+
+
+def faults(pairs, losses, dtype):
+    """Where two fingerprints differ by more than rounding, the surest sign first. NaN always does."""
+    wrong = lambda e: "error" in e and not e["error"] <= ROUNDING[e["ran"]][0]
+    for where, a, b in pairs:
+        if not (a and b):
+            yield f"{where}: only in {'A' if a else 'B'}"
+        elif bad := [who for who, e in (("A", a), ("B", b)) if wrong(e)]:
+            ran = (a if "A" in bad else b)["ran"]
+            yield (f"{where}: wrong in {' and '.join(bad)}. From the op's definition on the same inputs, A is {a['error']:.1e} away and B "
+                   f"{b['error']:.1e}; rounding in {ran} explains {ROUNDING[ran][0]:.0e}")
+    for where, a, b in pairs:
+        kind_a, kind_b = (f"{e['dtype']} {e['shape']}" for e in (a, b))
+        if kind_a != kind_b:
+            yield f"{where}: {kind_a} in A, {kind_b} in B" + "; bfloat16 rounds to 3.9e-03" * ("bfloat16" in kind_a + kind_b)
+        elif a["dtype"] != "int64" and not distance(a, b) <= ROUNDING[dtype][1]:             # other experts, each right where it is: a tie
+            yield (f"{where}: A and B are {distance(a, b):.1e} apart, norms {a['norm']:.6g} and {b['norm']:.6g}; rounding in {dtype} explains "
+                   f"{ROUNDING[dtype][1]:.0e}. Every op follows its definition: look at what comes before this and is no op")
+    for where, d in losses.items():
+        if not d <= ROUNDING[dtype][0]:
+            yield f"{where}: {d:.1e} apart over {STEPS} steps, rounding in {dtype} explains {ROUNDING[dtype][0]:.0e}; of the first step, nothing is"
+
+
+def compare(files):
+    """Returns 0 if two fingerprints are equal but for rounding, 1 if not, and says where the first fault is."""
+    from ling import require
+    A, B = map(read_fingerprint, files)
+    require(A["models"] == B["models"] and A["losses"].keys() == B["losses"].keys(),
+            f"{files[0]} and {files[1]} are of different models; make both with one version of this program")
+    print(f"A: {files[0]}\nB: {files[1]}")
+    for what, value in A["made"].items():
+        if value != B["made"][what]:
+            print(f"{what}: {value} in A, {B['made'][what]} in B")
+    losses = {where: sum(abs(p - q) for p, q in zip(a, B["losses"][where])) / sum(map(abs, a)) for where, a in A["losses"].items()}
+    print(f"losses over {STEPS} steps apart by: " + "; ".join(f"{where} {d:.1e}" for where, d in losses.items()))
+    pairs = [(where, A["entries"].get(where), B["entries"].get(where)) for where in A["entries"] | B["entries"]]
+    if fault := next(faults(pairs, losses, A["made"]["dtype"] if A["made"]["dtype"] == B["made"]["dtype"] else "float32"), None):
+        print(fault)
+        return 1
+    bits = sum(a["crc"] != b["crc"] for _, a, b in pairs)
+    worst, where = max((distance(a, b), where) for where, a, b in pairs if a["dtype"] != "int64")
+    print(f"equal within rounding: {bits} of {len(pairs)} tensors differ in bits, by at most {worst:.1e} ({where})" if bits else "equal bit for bit")
+    return 0
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("kernels.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     job = parser.add_mutually_exclusive_group()
     job.add_argument("--bench", action="store_true")
     job.add_argument("--compile-check", action="store_true")
+    job.add_argument("--fingerprint", nargs="?", const="fingerprint.json", metavar="FILE")
+    job.add_argument("--compare", nargs=2, metavar="FILE")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of --fingerprint; bfloat16: autocast, as train.py on accelerators")
+    parser.add_argument("--device", help="of --fingerprint; default: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
+    if (args.dtype or args.device) and not args.fingerprint:
+        parser.error("--dtype and --device go with --fingerprint")
     if args.compile_check:
         return compile_check()
     if args.bench:
@@ -1310,6 +1519,11 @@ def main(argv=None):
             return 2
         from test_ling import gpu_bench                         # it needs whole models, which this file knows nothing of
         return gpu_bench()
+    if args.fingerprint or args.compare:
+        import kernels                                          # the one that ling imports; as a program this file has ops of its own
+        from sample import pick_device, run_cli
+        return run_cli("kernels.py", lambda: kernels.compare(args.compare) if args.compare else
+                       kernels.fingerprint(args.fingerprint, args.dtype or "float32", pick_device(args.device)))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, LING_KERNELS={MODE}; fp32, forward and backward, "
           "medians taken in turn\n")
