@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -425,6 +426,114 @@ def test_loss_holds_one_chunk_of_logits():
     with Spy():
         kernels.linear_cross_entropy(x, w, torch.randint(0, V, (T,)), False)
     assert max(sizes) * 4 <= 16 << 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fingerprints: the same run on other chips
+
+@pytest.fixture
+def verdict(tmp_path, monkeypatch):
+    """--compare of the code as it was and as it now is, after one step -> exit code, last line."""
+    monkeypatch.setattr(kernels, "STEPS", 1)
+
+    def fingerprint(name, dtype):
+        assert cli(kernels, "--fingerprint", str(tmp_path / name), "--dtype", dtype, "--device", "cpu")[0] == 0
+    for dtype in ("float32", "bfloat16"):
+        fingerprint(dtype, dtype)
+
+    def compare(before="float32", now="float32"):
+        fingerprint("now", now)
+        code, out, err = cli(kernels, "--compare", str(tmp_path / before), str(tmp_path / "now"))
+        return code, (out + err).splitlines()[-1]
+    return compare
+
+
+def test_fingerprints_allow_for_rounding(verdict, monkeypatch):
+    """A comparison that cries wolf over other kernels, or that takes bfloat16 for float32."""
+    assert verdict() == (0, "equal bit for bit")
+    code, line = verdict("bfloat16", "float32")
+    assert code == 1 and line.startswith("ling1/layers.0, rms_norm.0, forward, output: bfloat16") and "3.9e-03" in line
+    monkeypatch.setattr(kernels, "MODE", "torch")
+    for dtype in ("float32", "bfloat16"):
+        code, line = verdict(dtype, dtype)
+        assert code == 0 and "differ in bits" in line, line
+
+
+def test_fingerprints_leave_ties_to_the_device(verdict, monkeypatch):
+    """A device that lists a token's experts in another order, or takes another of two equal ones, called wrong."""
+    def from_the_right(logits, bias, *rest):
+        weights, chosen, scores = kernels.route.reference(logits.flip(-1), None if bias is None else bias.flip(-1), *rest)
+        return weights, logits.shape[-1] - 1 - chosen, scores.flip(-1)
+    monkeypatch.setattr(kernels, "RECORD", recorder := kernels.Recorder("tie", torch.nn.Identity()))
+    kernels.route.twins.insert(0, (lambda *_: True, from_the_right))
+    try:
+        kernels.route(torch.zeros(3, 8, requires_grad=True), torch.zeros(8), 2, 4, 2, "sigmoid", True, 2.5)[0].sum().backward()
+        monkeypatch.setattr(kernels, "RECORD", None)
+        code, line = verdict()
+    finally:
+        kernels.route.twins.pop(0)
+    assert len(entries := dict(recorder.entries())) == 4 and all(entry["error"] < 1e-7 for entry in entries.values())
+    assert code == 0, line
+
+
+def test_fingerprints_find_the_fault(verdict, monkeypatch):
+    """A wrong kernel that goes unnoticed, or for which another op, layer, direction or machine is blamed."""
+    def negated(backward, index, only):
+        calls = itertools.count(1)
+
+        def wrong(ctx, *incoming):
+            gradients, call = backward(ctx, *incoming), next(calls)
+            gradients = list(gradients) if isinstance(gradients, tuple) else [gradients]
+            if only in (None, call) and gradients[index] is not None:
+                gradients[index] = -gradients[index]
+            return tuple(gradients)
+        return staticmethod(wrong)
+    for name, index, only, where in (("_RMSNorm", 0, 2, "ling1/layers.2, rms_norm.1, backward, x"),               # backward begins at the end
+                                     ("_Rope", 4, None, "ling2/mtp.0, rope.0, backward, weight"),
+                                     ("_SwiGLU", 0, 3, "ling1/layers.0, swiglu.0, backward, gate_up"),
+                                     ("_Experts", 4, None, "ling1/layers.2, experts.0, backward, down"),
+                                     ("_LinearCrossEntropy", 0, None, "ling1, linear_cross_entropy.0, backward, x")):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(kernels, name), "backward", negated(getattr(kernels, name).backward, index, only))
+            code, line = verdict()
+        assert code == 1 and line.startswith(f"{where}: wrong in B."), line
+
+    def attached(x, weight, targets, norm_head):                 # [Ling1] fig. 20
+        return kernels.linear_cross_entropy.reference(x, weight / weight.norm(dim=0) if norm_head else weight, targets, False)
+
+    def louder(q, k, v):                                         # a gradient 5 % too large
+        v = v.view_as(v)
+        v.register_hook(lambda g: 1.05 * g)
+        return kernels.attention.reference(q, k, v)
+    for op, twin, where in ((kernels.linear_cross_entropy, attached, "ling1, linear_cross_entropy.0, backward, weight"),
+                            (kernels.attention, louder, "ling1/layers.2, attention.0, backward, v")):
+        op.twins.insert(0, (lambda *_: True, twin))
+        try:
+            code, line = verdict("bfloat16", "bfloat16")         # where they are hardest to see
+        finally:
+            op.twins.pop(0)
+        assert code == 1 and line.startswith(f"{where}: wrong in B."), line
+    monkeypatch.setattr(ling, "update_expert_bias", lambda model, load: None)
+    code, line = verdict()                                       # and what is no op
+    assert code == 1 and line.startswith("ling2, layers.1.mlp.gate.expert_bias, after 1 steps: A and B are"), line
+
+
+def test_bad_fingerprints(tmp_path, monkeypatch):
+    """A traceback, or a verdict about files that cannot be compared."""
+    monkeypatch.setattr(kernels, "STEPS", 1)
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    assert cli(kernels, "--fingerprint", str(good), "--device", "cpu")[0] == 0
+    body = json.loads(good.read_text())
+    other = {key: value for key, value in body.items() if key != "crc"} | {"models": {}}
+    for content, words in ((None, "does not exist"), ("{", "not valid JSON"), ("[1]", "is no fingerprint"),
+                           (json.dumps(body | {"format": 2}), "format 2"), (json.dumps(body | {"losses": {}}), "damaged or was edited"),
+                           (json.dumps(other | {"crc": zlib.crc32(json.dumps(other).encode())}), "different models")):
+        if content:
+            bad.write_text(content)
+        code, _, err = cli(kernels, "--compare", str(good), str(bad))
+        assert code == 2 and words in err and str(bad) in err and err.count("\n") == 1, err
+    for flags in ("--fingerprnt", "--dtype bfloat16", "--compare a.json", "--fingerprint --dtype float16", "--bench --compare a b"):
+        assert cli(kernels, *flags.split())[0] == 2, flags
 
 
 # ----------------------------------------------------------------------------------------------------------------------
