@@ -908,17 +908,18 @@ class Spikes:
     """Loss spikes [Ling1, sections 3.4.4 and 6.1; no thresholds are published]. A step stands out by its loss or gradient norm, measured
     against the median of those accepted lately. Narrow spikes heal by themselves and pass. From the second in a row on, or if a number is
     not finite, nothing is updated: neither weights nor moments nor bias; and the samples come back, each at a random later step, where
-    others dilute it. A step that spikes with such a sample in it is taken at a lower learning rate; so is one that stands out by its norm
-    alone, as a model that learns nothing would go on having it.
+    others dilute it. Their loss is measured apart: if they spike again, that step is taken at a lower learning rate.
 
     The numbers judged are those of all ranks, so all ranks agree without a message."""
-    WINDOW, LEAST, LOWER = 128, 64, 0.1
+    WINDOW, LEAST = 128, 64                                      # accepted steps to compare with, and how many there must be
+    LOSS, NORM = 0.01, 0.5                                       # least spread, in parts of the median: a norm doubles harmlessly
+    LOWER = 0.1                                                  # learning rate and gradient: Adam would take a gradient's share later
 
     def __init__(self, train, saved=None):
         self.train = train
         # accepted: [loss, norm]; waiting: [sample, times skipped, step it returns in]; row: [step, first sample, last] of the spikes in a row
         self.accepted, self.waiting, self.row = saved or ([], [], [])
-        self.events = []                                                                     # what was decided, for ledger.jsonl
+        self.events = []                                         # what was decided, for ledger.jsonl
 
     def state(self):
         """For JSON, which keeps every bit of a float."""
@@ -930,30 +931,35 @@ class Spikes:
         self.waiting = [entry for entry in self.waiting if entry[2] > step]
         return due
 
-    def stands_out(self, value, past):
-        median = statistics.median(past)
-        spread = 1.4826 * statistics.median(abs(x - median) for x in past)                   # of a normal distribution: its standard deviation
-        return value > median + self.train.spike_z * max(spread, 0.01 * abs(median))
+    def judge(self, step, loss, norm, samples, returned=(), loss_returned=0.0, alone=False):
+        """-> what becomes of a step: "" and "narrow": it is done; "lower"; "skip". samples: numbers of the batch, whose mean loss is `loss`;
+        returned: entries of those that were skipped before, with a loss of their own; norm: of the gradient of both.
+        alone: a replica between syncs, where a finite spike is left to the sync."""
+        train, finite = self.train, math.isfinite(loss + norm + loss_returned)
+        loud = steep = again = False
+        if finite and train.spike_z and not alone and len(self.accepted) >= self.LEAST:
+            losses, norms = zip(*self.accepted)
 
-    def judge(self, step, loss, norm, samples, returned, alone=False):
-        """-> what becomes of a step: "" and "narrow": it is done; "lower"; "skip". samples: the numbers of its batch; returned: the entries
-        of those skipped before. alone: a replica between syncs, where a finite spike is left to the sync."""
-        train, finite = self.train, math.isfinite(loss) and math.isfinite(norm)
-        calm = not train.spike_z or alone or len(self.accepted) < self.LEAST
-        loud, steep = (not finite or not calm and self.stands_out(value, past)
-                       for value, past in zip((loss, norm), zip(*self.accepted) if self.accepted else ((), ())))
-        if not (loud or steep):
+            def limit(past, least, wider=1.0):
+                middle = statistics.median(past)
+                spread = 1.4826 * statistics.median(abs(x - middle) for x in past)           # a normal distribution's standard deviation
+                return middle + train.spike_z * max(spread, least * abs(middle)) * wider
+            # the mean of fewer samples varies more
+            again = bool(returned) and loss_returned > limit(losses, self.LOSS, math.sqrt(max(1, len(samples) / len(returned))))
+            loud, steep = loss > limit(losses, self.LOSS), norm > limit(norms, self.NORM) and not again
+        if finite and not (loud or steep or again):
             self.accepted, self.row = [*self.accepted[1 - self.WINDOW:], [loss, norm]], []
             return ""
-        self.row = [*self.row, [step + 1, min(samples, default=-1), max(samples, default=-1)]]
-        verdict = ("skip" if not finite else "narrow" if len(self.row) < train.spike_width and not returned else
-                   "skip" if loud and not returned else "lower")
-        event = {"step": step + 1, "verdict": verdict, "loss": loss, "grad_norm": norm, "samples": [*samples]}
-        event |= {} if finite else {"loss": None, "grad_norm": None}                         # JSON has no NaN
+        verdict = "lower"
+        if loud or steep or not finite:
+            self.row = [*self.row, [step + 1, min(samples, default=-1), max(samples, default=-1)]]
+            verdict = "narrow" if finite and len(self.row) < train.spike_width else "skip"
+        both, times = [*samples, *(k for k, *_ in returned)], {k: n for k, n, _ in returned}
+        numbers = {"loss": loss, "grad_norm": norm} | ({"loss_returned": loss_returned} if returned else {})
+        event = {"step": step + 1, "verdict": verdict, **{key: x if math.isfinite(x) else None for key, x in numbers.items()}, "samples": both}
         if verdict == "skip":
-            times = {k: n for k, n, _ in returned}
             left = max(1, train.steps - step - 1)
-            back = [[k, n + 1, step + 1 + sequence_seed(train.seed, n, k) % left] for k in samples for n in [times.get(k, 0)]]
+            back = [[k, n + 1, step + 1 + sequence_seed(train.seed, n, k) % left] for k in both for n in [times.get(k, 0)]]
             self.waiting, event["again"] = self.waiting + back, [due + 1 for _, _, due in back]
         self.events.append(event)
         return verdict
@@ -1320,33 +1326,36 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         samples = samples_of(step + ahead, first_sample)
         if alone:
             samples = samples[len(samples) * team.replica // team.replicas:len(samples) * (team.replica + 1) // team.replicas]
-        returned = spikes.returning(step + ahead)
-        samples = [*samples, *(k for k, *_ in returned)]
+        returned = spikes.returning(step + ahead)                # of skipped steps: in micro-batches of their own
         group, rank, ranks = (team.within, team.rank % team.ranks, team.ranks) if alone else (None, team.rank, team.size)
-        each = -(-len(samples) // ranks)
-        mine = samples[rank * each:(rank + 1) * each]
-        mine += [-1] * (each - len(mine))
+        mine, micro = [], []
+        for part in (samples, [k for k, *_ in returned]):
+            apart_at, each = len(mine), max(-(-len(part) // ranks), not mine)
+            mine += [*part[rank * each:(rank + 1) * each], *[-1] * each][:each]
+            micro += [slice(i, min(i + rows, apart_at + each)) for i in range(apart_at, apart_at + each, rows)]
         tokens, targets = data.batch(mine, device)
 
         # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
         watch.at(step + 1, "wait")
-        counts, parts = team.sum(count_targets(config, targets), group), Counter()
+        counts = team.sum(torch.cat([count_targets(config, targets), (targets[apart_at:] >= 0).sum()[None]]), group)
+        parts, ce_returned = Counter(), torch.zeros((), device=device)
         # A share of the whole batch is only known after it; the step before's differs little, needs no messages, and is the same for
         # every split into ranks and micro-batches. Before the first step: even, a loss without a gradient.
         shares = None if train.balance == "micro" else (load + (step == 0)) / (load + (step == 0)).sum(1, keepdim=True).clamp(min=1)
         load_now = torch.zeros_like(load)
-        for i in range(0, each, rows):
+        for part in micro:
             if team.ranks > 1:
-                hold_gradients(model, train.replicate == team.size, last=i + rows >= each)
-            seeds = [sequence_seed(train.seed, step, k) for k in mine[i:i + rows]]
+                hold_gradients(model, train.replicate == team.size, last=part is micro[-1])
+            seeds = [sequence_seed(train.seed, step, k) for k in mine[part]]
             watch.at(step + 1, "forward")
             with autocast():
-                out = model(tokens[i:i + rows], targets[i:i + rows], counts=counts, shares=shares, warmup=None if alpha == 1 else Warmup(alpha, seeds))
+                out = model(tokens[part], targets[part], counts=counts[:-1], shares=shares, warmup=None if alpha == 1 else Warmup(alpha, seeds))
             watch.at(step + 1, "backward")
             out.loss.backward()
             for name, value in {"loss": out.loss, **out.parts}.items():
                 parts[name] += value.detach()
             load_now += out.load
+            ce_returned += out.parts["ce"].detach() * (part.start >= apart_at)
 
         # 3. loss, load and gradient norm of the whole step, whether anyone was asked to stop, and whether it ends a round
         watch.at(step + 1, "reduce")
@@ -1354,23 +1363,26 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             edit.sum_gradients()
         orphaned = os.getppid() != team.parent                                               # torchrun is gone: no one would restart us
         due = alone and rank == 0 and edit.due(time.perf_counter() - start)
-        sums = team.sum(torch.stack([*parts.values(), *torch.tensor([float(bool(stop) or orphaned), due], device=device)]), group)
+        sums = team.sum(torch.stack([*parts.values(), ce_returned, *torch.tensor([float(bool(stop) or orphaned), due], device=device)]), group)
         load_now = team.sum(load_now, group)
         norm = grad_norm(model, team)
-        *values, asked, due = sums.tolist()                                                  # SYNC
+        *values, ce_returned, asked, due = sums.tolist()                                     # SYNC
         parts, stopping, norm = dict(zip(parts, values)), asked > 0, float(norm)
 
         # 4. spike?
-        verdict = spikes.judge(step + ahead, parts["loss"], norm, samples, returned, alone)
+        n_all, n_returned = int(counts[0]), int(counts[-1])
+        verdict = spikes.judge(step + ahead, (parts["loss"] - ce_returned) * n_all / max(1, n_all - n_returned), norm, samples, returned,
+                               ce_returned * n_all / max(1, n_returned), alone)
 
         # 5. clip and step
         watch.at(step + 1, "optimizer")
-        for group_ in optimizer.param_groups:
-            group_["lr"] = lr * (spikes.LOWER if verdict == "lower" else 1.0)
+        lower = spikes.LOWER if verdict == "lower" else 1.0
+        for each in optimizer.param_groups:
+            each["lr"] = lr * lower
         if verdict != "skip":
             for p in model.parameters():
-                if p.grad is not None and norm > train.clip:
-                    local(p.grad).mul_(train.clip / norm)
+                if p.grad is not None and (norm > train.clip or lower < 1):
+                    local(p.grad).mul_(min(1.0, train.clip / norm) * lower)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -1381,7 +1393,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         step += 1
 
         # 7. log: a step, or with --sync edit all that the replicas did since they parted
-        n, finite = len(samples) * train.seq_len, math.isfinite(parts["loss"] + norm)
+        n, finite = (len(samples) + len(returned)) * train.seq_len, math.isfinite(parts["loss"] + norm)
         tally.update({"steps": 1, "lr": lr, "seen": n, "tokens": n * (verdict != "skip"), "skipped": int(verdict == "skip")})
         tally.update({"finite": 1, **parts, "grad_norm": norm} if finite else {})
         round_load += load_now
