@@ -1263,9 +1263,10 @@ def test_spikes_by_hand():
     assert [judge(9.0, 1.0), judge(9.0, 1.0), judge(3.0, 9.0), judge(*calm)] == ["narrow", "skip", "skip", ""]
     assert all(value < 4 for pair in spikes.accepted for value in pair) and len(spikes.waiting) == 4
     assert [judge(math.nan, 1.0), judge(3.0, math.inf), judge(*calm)] == ["skip", "skip", ""]
+    assert [spikes.weight(loss, 1 / 16) for loss in (3.5, 9.0)] == [1.0, spikes.WEIGHT]
     back = dict(returned=[[9, 1, 0]])
-    assert [judge(*calm, **back, loss_returned=loss) for loss in (3.1, 6.0)] == ["", "lower"] and judge(3.0, 9.0, **back, loss_returned=6.0) == "lower"
-    assert [judge(9.0, 1.0, **back, loss_returned=6.0) for _ in range(2)] == ["narrow", "skip"] and spikes.hopeless() is None
+    assert [judge(*calm, **back, again=again) for again in (False, True)] == ["", "lower"]
+    assert [judge(9.0, 1.0, **back, again=True) for _ in range(2)] == ["narrow", "skip"] and spikes.hopeless() is None
     again = train.Spikes(spikes.train, json.loads(json.dumps(spikes.state())))
     assert again.state() == spikes.state() and [9, 2] in [entry[:2] for entry in again.waiting]
     back = [entry[0] for at in range(1000) for entry in again.returning(at)]
@@ -1322,7 +1323,7 @@ def test_spikes_in_a_run(folder, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     run_jobs(folder, [(4, [*SICK, "--out", "runs/four", "--ep", "2", "--replicate", "2", "--sick"])])
-    same = lambda a, b: a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=1e-4)
+    same = lambda a, b: a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=1e-3)
     for name in ("metrics", "ledger"):
         one, four = ([json.loads(line) for line in (folder / f"runs/{which}/{name}.jsonl").read_text().splitlines()] for which in ("whole", "four"))
         assert len(one) == len(four) and not [(a["step"], key) for a, b in zip(one, four) for key in a if key != "tokens_per_s" and not same(a[key], b[key])]

@@ -908,12 +908,12 @@ class Spikes:
     """Loss spikes [Ling1, sections 3.4.4 and 6.1; no thresholds are published]. A step stands out by its loss or gradient norm, measured
     against the median of those accepted lately. Narrow spikes heal by themselves and pass. From the second in a row on, or if a number is
     not finite, nothing is updated: neither weights nor moments nor bias; and the samples come back, each at a random later step, where
-    others dilute it. Their loss is measured apart: if they spike again, that step is taken at a lower learning rate.
+    others dilute it. Their loss is measured apart: if it spikes again, it weighs less, and that step is taken at a lower learning rate.
 
     The numbers judged are those of all ranks, so all ranks agree without a message."""
     WINDOW, LEAST = 128, 64                                      # accepted steps to compare with, and how many there must be
     LOSS, NORM = 0.01, 0.5                                       # least spread, in parts of the median: a norm doubles harmlessly
-    LOWER = 0.1                                                  # learning rate and gradient: Adam would take a gradient's share later
+    LOWER, WEIGHT = 0.5, 0.1                                     # such a step's learning rate, and its returned samples: Adam's moments remember
 
     def __init__(self, train, saved=None):
         self.train = train
@@ -931,35 +931,37 @@ class Spikes:
         self.waiting = [entry for entry in self.waiting if entry[2] > step]
         return due
 
-    def judge(self, step, loss, norm, samples, returned=(), loss_returned=0.0, alone=False):
-        """-> what becomes of a step: "" and "narrow": it is done; "lower"; "skip". samples: numbers of the batch, whose mean loss is `loss`;
-        returned: entries of those that were skipped before, with a loss of their own; norm: of the gradient of both.
-        alone: a replica between syncs, where a finite spike is left to the sync."""
-        train, finite = self.train, math.isfinite(loss + norm + loss_returned)
-        loud = steep = again = False
-        if finite and train.spike_z and not alone and len(self.accepted) >= self.LEAST:
-            losses, norms = zip(*self.accepted)
+    def stands_out(self, value, which, least, share=1.0):
+        """Against the accepted steps' losses (which 0) or norms (1). share: of a batch that was averaged over; fewer samples vary more."""
+        if not self.train.spike_z or len(self.accepted) < self.LEAST:
+            return False
+        past = [pair[which] for pair in self.accepted]
+        median = statistics.median(past)
+        spread = 1.4826 * statistics.median(abs(x - median) for x in past)                   # a normal distribution's standard deviation
+        return value > median + self.train.spike_z * max(spread, least * abs(median)) / math.sqrt(share)
 
-            def limit(past, least, wider=1.0):
-                middle = statistics.median(past)
-                spread = 1.4826 * statistics.median(abs(x - middle) for x in past)           # a normal distribution's standard deviation
-                return middle + train.spike_z * max(spread, least * abs(middle)) * wider
-            # the mean of fewer samples varies more
-            again = bool(returned) and loss_returned > limit(losses, self.LOSS, math.sqrt(max(1, len(samples) / len(returned))))
-            loud, steep = loss > limit(losses, self.LOSS), norm > limit(norms, self.NORM) and not again
-        if finite and not (loud or steep or again):
+    def weight(self, loss, share):
+        """Of returned samples with this mean loss, a share of the batch."""
+        return self.WEIGHT if self.stands_out(loss, 0, self.LOSS, share) else 1.0
+
+    def judge(self, step, loss, norm, samples, returned=(), again=False, alone=False):
+        """-> what becomes of a step: "" and "narrow": it is done; "lower"; "skip". samples: numbers of the batch, whose mean loss is `loss`;
+        returned: entries of those that were skipped before, `again` whether these spike; norm: of the gradient of both.
+        alone: a replica between syncs, where a finite spike is left to the sync."""
+        finite = math.isfinite(loss + norm)
+        spike = not finite or not alone and (self.stands_out(loss, 0, self.LOSS) or self.stands_out(norm, 1, self.NORM))
+        if not (spike or again):
             self.accepted, self.row = [*self.accepted[1 - self.WINDOW:], [loss, norm]], []
             return ""
         verdict = "lower"
-        if loud or steep or not finite:
+        if spike:
             self.row = [*self.row, [step + 1, min(samples, default=-1), max(samples, default=-1)]]
-            verdict = "narrow" if finite and len(self.row) < train.spike_width else "skip"
+            verdict = "narrow" if finite and len(self.row) < self.train.spike_width else "skip"
         both, times = [*samples, *(k for k, *_ in returned)], {k: n for k, n, _ in returned}
-        numbers = {"loss": loss, "grad_norm": norm} | ({"loss_returned": loss_returned} if returned else {})
-        event = {"step": step + 1, "verdict": verdict, **{key: x if math.isfinite(x) else None for key, x in numbers.items()}, "samples": both}
+        event = {"step": step + 1, "verdict": verdict, "loss": loss if finite else None, "grad_norm": norm if finite else None, "samples": both}
         if verdict == "skip":
-            left = max(1, train.steps - step - 1)
-            back = [[k, n + 1, step + 1 + sequence_seed(train.seed, n, k) % left] for k in both for n in [times.get(k, 0)]]
+            left = max(1, self.train.steps - step - 1)
+            back = [[k, n + 1, step + 1 + sequence_seed(self.train.seed, n, k) % left] for k in both for n in [times.get(k, 0)]]
             self.waiting, event["again"] = self.waiting + back, [due + 1 for _, _, due in back]
         self.events.append(event)
         return verdict
@@ -1337,8 +1339,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
 
         # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
         watch.at(step + 1, "wait")
-        counts = team.sum(torch.cat([count_targets(config, targets), (targets[apart_at:] >= 0).sum()[None]]), group)
-        parts, ce_returned = Counter(), torch.zeros((), device=device)
+        counts, parts = team.sum(count_targets(config, targets), group), Counter()
+        nats_again, n_again, weight = 0.0, 0.0, 1.0                                          # of returned samples
         # A share of the whole batch is only known after it; the step before's differs little, needs no messages, and is the same for
         # every split into ranks and micro-batches. Before the first step: even, a loss without a gradient.
         shares = None if train.balance == "micro" else (load + (step == 0)) / (load + (step == 0)).sum(1, keepdim=True).clamp(min=1)
@@ -1349,13 +1351,17 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             seeds = [sequence_seed(train.seed, step, k) for k in mine[part]]
             watch.at(step + 1, "forward")
             with autocast():
-                out = model(tokens[part], targets[part], counts=counts[:-1], shares=shares, warmup=None if alpha == 1 else Warmup(alpha, seeds))
+                out = model(tokens[part], targets[part], counts=counts, shares=shares, warmup=None if alpha == 1 else Warmup(alpha, seeds))
+            if part.start >= apart_at:
+                watch.at(step + 1, "wait")
+                nats, n = team.sum(torch.stack([out.parts["ce"].detach() * counts[0], (targets[part] >= 0).sum()]), group).tolist()      # SYNC
+                nats_again, n_again = nats_again + nats, n_again + n
+                weight = min(weight, spikes.weight(nats / max(1.0, n), max(1.0, n) / int(counts[0])))
             watch.at(step + 1, "backward")
-            out.loss.backward()
+            (out.loss * weight).backward()
             for name, value in {"loss": out.loss, **out.parts}.items():
                 parts[name] += value.detach()
             load_now += out.load
-            ce_returned += out.parts["ce"].detach() * (part.start >= apart_at)
 
         # 3. loss, load and gradient norm of the whole step, whether anyone was asked to stop, and whether it ends a round
         watch.at(step + 1, "reduce")
@@ -1363,26 +1369,25 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             edit.sum_gradients()
         orphaned = os.getppid() != team.parent                                               # torchrun is gone: no one would restart us
         due = alone and rank == 0 and edit.due(time.perf_counter() - start)
-        sums = team.sum(torch.stack([*parts.values(), ce_returned, *torch.tensor([float(bool(stop) or orphaned), due], device=device)]), group)
+        sums = team.sum(torch.stack([*parts.values(), *torch.tensor([float(bool(stop) or orphaned), due], device=device)]), group)
         load_now = team.sum(load_now, group)
         norm = grad_norm(model, team)
-        *values, ce_returned, asked, due = sums.tolist()                                     # SYNC
+        *values, asked, due = sums.tolist()                                                  # SYNC
         parts, stopping, norm = dict(zip(parts, values)), asked > 0, float(norm)
 
         # 4. spike?
-        n_all, n_returned = int(counts[0]), int(counts[-1])
-        verdict = spikes.judge(step + ahead, (parts["loss"] - ce_returned) * n_all / max(1, n_all - n_returned), norm, samples, returned,
-                               ce_returned * n_all / max(1, n_returned), alone)
+        n_all = max(1, int(counts[0]))
+        loss = (parts["loss"] - nats_again / n_all) * n_all / max(1.0, n_all - n_again)
+        verdict = spikes.judge(step + ahead, loss, norm, samples, returned, weight < 1, alone)
 
         # 5. clip and step
         watch.at(step + 1, "optimizer")
-        lower = spikes.LOWER if verdict == "lower" else 1.0
         for each in optimizer.param_groups:
-            each["lr"] = lr * lower
+            each["lr"] = lr * (spikes.LOWER if verdict == "lower" else 1.0)
         if verdict != "skip":
             for p in model.parameters():
-                if p.grad is not None and (norm > train.clip or lower < 1):
-                    local(p.grad).mul_(min(1.0, train.clip / norm) * lower)
+                if p.grad is not None and norm > train.clip:
+                    local(p.grad).mul_(train.clip / norm)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
