@@ -684,7 +684,7 @@ class Ling(nn.Module):
 
     def stack_loads(self, routings):
         loads = [routing.load for routing, _ in routings if routing is not None]
-        return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64)
+        return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=self.norm.weight.device)
 
     def logits(self, x, cache=None):
         """x (B,S,D) after the final norm -> (B,S,V) fp32."""

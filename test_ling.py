@@ -1266,14 +1266,14 @@ def test_spikes_by_hand():
     assert [spikes.weight(loss, 1 / 16) for loss in (3.5, 9.0)] == [1.0, spikes.WEIGHT]
     back = dict(returned=[[9, 1, 0]])
     assert [judge(*calm, **back, again=again) for again in (False, True)] == ["", "lower"]
-    assert [judge(9.0, 1.0, **back, again=True) for _ in range(2)] == ["narrow", "skip"] and spikes.hopeless() is None
+    assert [judge(9.0, 1.0, **back, again=True) for _ in range(2)] == ["narrow", "skip"] and spikes.hopeless(spikes.row) is None
     again = train.Spikes(spikes.train, json.loads(json.dumps(spikes.state())))
     assert again.state() == spikes.state() and [9, 2] in [entry[:2] for entry in again.waiting]
     back = [entry[0] for at in range(1000) for entry in again.returning(at)]
     assert sorted(back) == [7] * 5 + [8] * 5 + [9] and not again.waiting
     for _ in range(5):
         judge(math.nan, math.nan)
-    assert "samples 7 to 8: 7 spikes in a row" in spikes.hopeless()
+    assert "samples 7 to 8: 7 spikes in a row" in spikes.hopeless(spikes.row)
     assert train.Spikes(train.TrainConfig(spike_z=0)).judge(0, math.nan, 1.0, [0], []) == "skip"
 
 
@@ -1323,7 +1323,7 @@ def test_spikes_in_a_run(folder, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     run_jobs(folder, [(4, [*SICK, "--out", "runs/four", "--ep", "2", "--replicate", "2", "--sick"])])
-    same = lambda a, b: a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=1e-3)
+    same = lambda a, b: a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=1e-2)
     for name in ("metrics", "ledger"):
         one, four = ([json.loads(line) for line in (folder / f"runs/{which}/{name}.jsonl").read_text().splitlines()] for which in ("whole", "four"))
         assert len(one) == len(four) and not [(a["step"], key) for a, b in zip(one, four) for key in a if key != "tokens_per_s" and not same(a[key], b[key])]
@@ -1356,6 +1356,7 @@ def test_who_is_left_out_of_a_sync():
     one_layer = judge([good, [2, 2, 2, 9], good])[0]
     assert close(one_layer[:, :3], third[:, :3]) and close(one_layer[:, 3:], half[:, 3:])
     assert not judge([good, [2, 2, 2, 9], [2, 2, 2, nan[0]]])[0].any()                       # two of three off in a layer: all go back
+    assert close(judge([high] * 3, [high] * 3)[1], third)        # but not for ever
 
 
 def test_merging_is_a_decay(folder):
@@ -1374,7 +1375,7 @@ def test_merging_is_a_decay(folder):
     mean = sum(weight * state["model." + name] for weight, state in zip(train.merge_weights(3, "sqrt"), states))
     assert torch.allclose(Ling.from_pretrained("runs/toy-merged").get_parameter(name), mean, atol=1e-7)
     code, _, err = cli(train, "--out", "runs/toy", "--merge", "9")
-    assert code == 2 and "has 6 checkpoints; train with --keep 9" in err
+    assert code == 2 and "has 6 good checkpoints; train with --keep 9" in err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1486,7 +1487,8 @@ def test_any_number_of_processes_continues(folder, monkeypatch):
     for name in [*layouts, "alone"]:
         shutil.copytree("runs/saved", f"runs/{name}")
     run_jobs(folder, [(ranks, ["--steps", "6", "--out", f"runs/{name}", *flags.split()]) for name, (ranks, flags) in layouts.items()] +
-             [(4, ["--out", "runs/4-fsdp", "--export", "exported", "--steps", "6", "--replicate", "1"])])
+             [(4, ["--out", "runs/4-fsdp", "--export", "exported", "--steps", "6", "--replicate", "1"]),
+              (4, ["--out", "runs/4-fsdp", "--merge", "2", "--export", "merged", "--steps", "6", "--replicate", "4", "--ep", "1"])])
     assert cli(train, "--out", "runs/alone", "--steps", "6")[0] == 0
     want = losses(folder / "runs/alone")
     assert cli(train, *shared, "--steps", "6", "--out", "runs/whole")[0] == 0                # and as if nothing had happened
@@ -1498,6 +1500,9 @@ def test_any_number_of_processes_continues(folder, monkeypatch):
     one, other = ling.read_safetensors("exported"), ling.read_safetensors("exported-alone")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert ling.read_json("exported/config.json") == ling.read_json("exported-alone/config.json")
+    code, out, err = cli(train, "--out", "runs/4-fsdp", "--merge", "2", "--export", "merged-alone", "--steps", "6", "--replicate", "1", "--ep", "1")
+    one, other = ling.read_safetensors("merged"), ling.read_safetensors("merged-alone")
+    assert code == 0 and all(torch.allclose(one[key], other[key], atol=1e-7) for key in one), err
 
 
 def test_a_sync_is_a_mean_and_resumes(folder, monkeypatch):

@@ -18,7 +18,7 @@ Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; 
 
 runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), ledger.jsonl (spikes, and what became of
 their samples), trace/ (seconds by phase), the tokenizer, data/ (the corpus as token ids) and checkpoints step_00001234/ with `latest` naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
-Many processes do what one does: the same samples, the same sums, the same checkpoints, which any number of processes continues.
+Many processes do what one does: the same samples, the same sums (but for --sync edit), the same checkpoints, which any number continues.
 """
 import argparse
 import collections
@@ -56,7 +56,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -101,7 +101,7 @@ class TrainConfig:
     # a run that looks after itself
     spike_z: float = option(6.0, "a loss or gradient norm so many robust standard deviations above the recent median is a spike; 0: none is")
     spike_width: int = option(2, "spikes in a row from which on updates are skipped and their samples come back later")
-    spike_limit: int = option(30, "skipped steps in a row that stop the run")
+    spike_limit: int = option(30, "spikes in a row, after which the run stops")
     report: str = option("", "print where the time of this run went, which rank held up the others, and what to try; and stop")
     profile: int = option(0, "write a Chrome trace of the three steps after this one, of every rank, into the run's folder; 0: none")
     merge: int = option(0, "average the last N checkpoints of the run, as if the learning rate had decayed over them, into --export; and stop")
@@ -139,6 +139,7 @@ class TrainConfig:
         for name in ("batch_start", "halve_at", "decay", "final_lr", "beta1", "beta2", "outer_momentum"):
             require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} must be in 0..1")
         require(max(self.beta1, self.beta2, self.outer_momentum) < 1, "--beta1, --beta2 and --outer_momentum must be below 1")
+        require(self.sync_seconds < self.timeout, f"--sync_seconds {self.sync_seconds} must be below --timeout {self.timeout}: waiting for a sync would be a hang")
         require(self.outer_clip > 0, "--outer_clip 0 would stop all learning; raise it above 0")
         require(self.batch_tokens % self.seq_len == 0, f"--batch_tokens {self.batch_tokens} is not a multiple of --seq_len {self.seq_len}; "
               f"try {max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len}")
@@ -149,7 +150,7 @@ class TrainConfig:
 TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_steps", "expert_bias_update_rate", "mtp_loss_scaling_factor"}
 MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate", "ep", "recompute",
               "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width", "spike_limit", "sync", "sync_every",
-              "sync_seconds"}                                    # on resuming
+              "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr", "outer_momentum", "outer_clip"}       # on resuming
 
 
 def parse_args(argv):
@@ -222,6 +223,7 @@ class Team:
         variable = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.size, self.local_rank = variable("RANK", 0), variable("WORLD_SIZE", 1), variable("LOCAL_RANK", 0)
         self.local_size, self.parent, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), os.getppid(), 0, pick_device(device)
+        self.nodes = variable("GROUP_WORLD_SIZE", self.size // self.local_size)
         self.replicas, self.replica, self.ranks, self.within, self.across = 1, 0, self.size, None, None   # until split()
         if self.size > 1 and self.device.type != "cpu":
             count = torch.accelerator.device_count()
@@ -610,13 +612,16 @@ def choose_layout(train, config, team):
     require(train.ep <= 1 or moe, f"--ep {train.ep}: this model has no routed experts; drop the flag")
     replicate, ep, room = train.replicate, train.ep, memory_of(team) / 2
     if train.sync == "edit":
-        nodes = world // team.local_size
-        replicate = replicate or (nodes if nodes > 1 else world)
+        replicate = replicate or (team.nodes if team.nodes > 1 else world)
+        require(world % replicate == 0, f"--sync edit: {world} ranks cannot form {replicate} equal copies; choose a --replicate that divides them")
+        least = int(np.diff(batch_schedule(train)).min())
+        require(least >= replicate, f"--sync edit: a batch of {least} sequences cannot be shared out to {replicate} copies; raise --batch_tokens")
         require(replicate > 1, f"--sync edit needs at least two copies that train on their own; {world} ranks with --replicate {replicate} are one")
         inner = world // replicate                               # each copy is FSDP over its ranks
         require(inner % max(1, ep) == 0, f"--ep {ep} must divide the {inner} ranks of each of the {replicate} copies")
         needs = memory_per_rank(config, inner, 1, ep or 1, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
-        needs["anchor and outer momentum"] = 2 * needs["weights"]
+        needs["anchor, outer momentum, change"] = 3 * needs["weights"]
+        needs["host copy for saving"] += needs["weights"]
         return dataclasses.replace(train, replicate=replicate, ep=ep or 1), (
             f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}\n        GB a rank, counted: " +
             ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items()))
@@ -913,7 +918,7 @@ class Spikes:
     The numbers judged are those of all ranks, so all ranks agree without a message."""
     WINDOW, LEAST = 128, 64                                      # accepted steps to compare with, and how many there must be
     LOSS, NORM = 0.01, 0.5                                       # least spread, in parts of the median: a norm doubles harmlessly
-    LOWER, WEIGHT = 0.5, 0.1                                     # such a step's learning rate, and its returned samples: Adam's moments remember
+    LOWER, WEIGHT = 0.8, 0.1     # of such a step's learning rate; of its returned samples' gradient, which Adam's moments would spread over later steps
 
     def __init__(self, train, saved=None):
         self.train = train
@@ -966,11 +971,11 @@ class Spikes:
         self.events.append(event)
         return verdict
 
-    def hopeless(self):
-        """Why the run should stop, or None."""
-        if len(self.row) > (self.train.spike_limit if self.train.spike_z else 0):
-            (first, low, _), (last, _, high) = self.row[0], self.row[-1]
-            return (f"steps {first} to {last}, samples {low} to {high}: {len(self.row)} spikes in a row, see ledger.jsonl; the last checkpoint is intact: "
+    def hopeless(self, row):
+        """Why a row of spikes should stop the run, or None."""
+        if len(row) > (self.train.spike_limit if self.train.spike_z else 0):
+            (first, low, _), (last, _, high) = row[0], row[-1]
+            return (f"steps {first} to {last}, samples {low} to {high}: {len(row)} spikes in a row, see ledger.jsonl; the last checkpoint is intact: "
                     f"look at these samples, lower --lr from {self.train.lr} and start over with --fresh, or raise --spike_limit from {self.train.spike_limit}")
         return None
 
@@ -999,9 +1004,13 @@ class EDiT:
         self.mean, self.variance, self.seen = torch.zeros(3, *shape, dtype=torch.float64)
         if saved and (history := torch.tensor(saved, dtype=torch.float64)).shape == (3, *shape):                # else their number has changed
             self.mean, self.variance, self.seen = history
-        # Ahead of FSDP's own hooks, which gather a block's weights, and with several ranks the next one's.
+        # Ahead of FSDP's own hooks, which gather a block's weights, and the next one's; on an accelerator they do so on a stream that waits
+        # for this one only at the start of the model.
+        last = len(blocks)
         for i, module in enumerate([model, *blocks]):
-            module.register_forward_pre_hook(lambda *_, last=i + (i > 0 and team.ranks > 1): self.arrive(last), prepend=True)
+            upto = i if i == 0 or team.ranks == 1 else i + 1
+            upto = last if team.ranks > 1 and team.device.type != "cpu" else upto
+            module.register_forward_pre_hook(lambda *_, upto=upto: self.arrive(upto), prepend=True)
 
     def state(self):
         return torch.stack([self.mean, self.variance, self.seen]).tolist()
@@ -1033,10 +1042,12 @@ class EDiT:
         bad = ~norms.isfinite() | sick.unsqueeze(1) | ((self.seen >= self.LEAST) & (usual > limit) & (z > 0))
         bad |= bad.double().mean(1, keepdim=True) > 0.5
         rate = torch.clamp(1 / (self.seen + 1), min=self.ALPHA)
-        change = torch.where(bad, 0, usual - self.mean)
-        self.mean, self.seen = self.mean + rate * change, self.seen + ~bad
-        self.variance = torch.where(bad, self.variance, (1 - rate) * (self.variance + rate * change.square()))
+        known = norms.isfinite() & ~sick.unsqueeze(1)
+        change = torch.where(known, torch.where(bad, torch.minimum(usual, limit), usual) - self.mean, 0)        # so that what lasts is got used to
+        self.mean, self.seen = self.mean + rate * change, self.seen + known
+        self.variance = torch.where(known, (1 - rate) * (self.variance + rate * change.square()), self.variance)
         if (bad.double().mean(0) > 0.5).any():
+            self.seen.zero_()                                    # perhaps it is the past that is wrong
             return torch.zeros_like(norms)
         score = -norms * (steps.mean() / steps).unsqueeze(1) / T if T else torch.zeros_like(norms)              # a slow replica's norm is small
         return torch.where(bad, -torch.inf, score).softmax(0)
@@ -1135,20 +1146,19 @@ class Trace:
             self.open.__enter__()
 
     def step(self, step, profile, last=False):
-        """After a step. profile: the one after which to profile three, for chrome://tracing or Perfetto. last: close the files."""
+        """After a step. profile: the one after which to profile three, for chrome://tracing or Perfetto. last: write what there is."""
         self.steps += not last
         if self.steps == self.EVERY or last:
             self.file.write(json.dumps({"step": step, "steps": self.steps, "host": self.host, "seconds": self.seconds}).encode() + b"\n")
             self.seconds, self.steps = Counter(), 0
-        if step == profile:
-            kinds = {torch.profiler.ProfilerActivity.CPU, *torch.profiler.supported_activities()}
-            self.profiler = torch.profiler.profile(activities=kinds)
-            self.profiler.start()
-        elif self.profiler and (step >= profile + 3 or last):
+        if self.profiler and (step >= profile + 3 or last):
             self.label(None)
             self.profiler.stop()
             self.profiler.export_chrome_trace(f"{self.stem}_step_{profile:08d}.json")
             self.profiler = None
+        elif step == profile and not last:
+            self.profiler = torch.profiler.profile(activities={torch.profiler.ProfilerActivity.CPU, *torch.profiler.supported_activities()})
+            self.profiler.start()
 
 
 WAITING = {"wait", "exchange", "reduce", "sync"}                # phases in which a rank waits for others: the slow one waits least
@@ -1202,6 +1212,9 @@ def evaluate(model, data, token_bytes, rows, team, alive=lambda: None):
         alive()
         n = int((y >= 0).sum())
         sums += torch.tensor([float(model(x, y).parts["ce"]) * n, n, int(token_bytes[y[y >= 0]].sum())])
+    for module in model.modules():
+        if isinstance(module, FSDPModule):                       # without a backward pass, whole weights would stay, and go stale
+            module.reshard()
     nats, tokens, size = team.sum(sums).tolist()
     return {"val_ce": nats / tokens, "val_bpb": nats / math.log(2) / max(1, size)}
 
@@ -1283,6 +1296,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     apart = edit is not None and len(saved) == team.replicas
     spikes = Spikes(train, saved[team.replica] if apart else saved and [saved[0][0], sum((each[1] for each in saved), []), saved[0][2]])
     ahead = about["ahead"][team.replica] if apart else 0
+    if any(lost := about.get("ahead", [])) and not apart:
+        warnings.warn(f"the {len(lost)} copies were {lost} steps ahead of step {step}; those ahead see these samples again, and some are not seen", stacklevel=2)
     params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), peak_flops(device)
     rows = train.micro_batch_tokens // train.seq_len
     # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
@@ -1377,7 +1392,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
 
         # 4. spike?
         n_all = max(1, int(counts[0]))
-        loss = (parts["loss"] - nats_again / n_all) * n_all / max(1.0, n_all - n_again)
+        loss = (parts["ce"] - nats_again / n_all) * n_all / max(1.0, n_all - n_again)
         verdict = spikes.judge(step + ahead, loss, norm, samples, returned, weight < 1, alone)
 
         # 5. clip and step
@@ -1417,9 +1432,9 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             if not (due or stopping or step >= train.steps):
                 continue
             watch.at(step, "sync")
+            load.copy_(team.sum(round_load, team.across))        # first: behind the sums of the layers it would wait
             told, weights = edit.sync(*told)
-            round_load, watch.count = team.sum(round_load, team.across), max(each["at"] for each in told)
-            load.copy_(round_load)
+            watch.count = max(each["at"] for each in told)
         totals = sum((Counter(each["tally"]) for each in told), Counter())
         step, stopping = sum(each["cursor"] for each in told) // len(told), any(each["asked"] for each in told)
         ahead = told[team.replica if alone else 0]["cursor"] - step
@@ -1430,10 +1445,11 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             ({"steps": [each["tally"]["steps"] for each in told], "weights": weights.mean(1).tolist()} if alone else {}))
         for replica, each in enumerate(told):
             for event in each["events"]:
-                ledger.write(json.dumps({**event, "replica": replica}).encode() + b"\n")
+                ledger.write(json.dumps({**event, "replica": replica, "logged": step}).encode() + b"\n")
         spikes.events, tally, round_load = [], Counter(), torch.zeros_like(load)
-        if not alone and (hopeless := spikes.hopeless()):
+        if hopeless := next(filter(None, (spikes.hopeless(each["spikes"][2]) for each in told)), None):
             saver.wait()
+            watch.stop()
             raise BadInput(hopeless)
 
         # 8. evaluate, checkpoint
@@ -1478,8 +1494,8 @@ def export(run, train, config, team, resumed):
     state = {"model": model.state_dict()}
     load_checkpoint(resumed, state)
     if train.merge:
-        folders, data = sorted(run.glob("step_*"))[-train.merge:], Data(read_data(run, train, config), train)
-        require(len(folders) == train.merge, f"--merge {train.merge}: {run} has {len(folders)} checkpoints; train with --keep {train.merge} and --decay 0")
+        folders, data = [f for f in sorted(run.glob("step_*")) if f <= resumed][-train.merge:], Data(read_data(run, train, config), train)
+        require(len(folders) == train.merge, f"--merge {train.merge}: {run} has {len(folders)} good checkpoints; train with --keep {train.merge} and --decay 0")
         for folder in folders:
             require(not (damage := checkpoint_damage(folder)), f"--merge {train.merge}: {folder} is damaged ({damage}); merge fewer")
         sizes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=team.device)
@@ -1514,11 +1530,11 @@ def read_lines(path):
 def trim_logs(run, step):
     """Drop what was logged after the checkpoint: the steps will be logged again."""
     for path in (run / "metrics.jsonl", run / "ledger.jsonl"):
-        kept = [record for record in read_lines(path) if record.get("step", math.inf) <= step]
+        kept = [record for record in read_lines(path) if record.get("logged", record.get("step", math.inf)) <= step]
         write_beside(path, lambda f: f.write(b"".join(json.dumps(record).encode() + b"\n" for record in kept)))
 
 
-def start_run(run, train, config, given_model, continues):
+def start_run(run, train, config, given_model, continues, replicas):
     """What one process does for all before a run starts or goes on: read and check the data, write the run's folder."""
     if continues:
         write_json(run / "train.json", {**read_json(run / "train.json"), **dataclasses.asdict(train)})      # --steps may have changed
@@ -1526,7 +1542,8 @@ def start_run(run, train, config, given_model, continues):
             shutil.rmtree(leftover)
         return
     tokenizer, config, arrays, shards = prepare(train, config, given_model)
-    size = 12 * sum(count_params(config)[kind] for kind in ("total", "mtp"))                 # fp32 weights and two moments
+    # fp32 weights and two moments; with --sync edit moments of each replica, and the outer momentum
+    size = (12 if replicas == 1 else 8 + 8 * replicas) * sum(count_params(config)[kind] for kind in ("total", "mtp"))
     room = shutil.disk_usage(next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())).free
     require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more than the {room / 1e9:.2f} GB free; "
             "make room, lower --keep, or choose another --out")
@@ -1569,7 +1586,7 @@ def main(argv=None):
     elif step >= train.steps:
         finished(run, step)
     else:
-        team.first(lambda: start_run(run, asked, config, given_model, continues) or trim_logs(run, step))
+        team.first(lambda: start_run(run, asked, config, given_model, continues, team.replicas) or trim_logs(run, step))
         config = read_config(run)
         train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout)
     team.close()
