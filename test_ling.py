@@ -1335,14 +1335,14 @@ def test_spikes_in_a_run(folder, monkeypatch):
 def test_who_is_left_out_of_a_sync():
     """A NaN that passes a comparison; a fault that raises its own threshold; one replica's fault that stops the others; a small change flagged."""
     config = train.TrainConfig(sync_temperature=1.0)
-    def judge(*rounds, sick=(False, False, False), steps=(8.0, 8.0, 8.0)):
+    def judge(*rounds, sick=(False, False, False), steps=(8.0, 8.0, 8.0), loss=(3.0, 3.0, 3.0)):
         pace = torch.tensor(steps).double(), torch.full((3,), 1e-3).double()
         edit = train.EDiT.__new__(train.EDiT)
-        edit.train, (edit.mean, edit.variance, edit.seen) = config, torch.zeros(3, 3, 4, dtype=torch.float64)
+        edit.train, (edit.mean, edit.variance, edit.seen) = config, torch.zeros(3, 3, 5, dtype=torch.float64)
         noise = torch.Generator().manual_seed(0)
         for _ in range(10):
-            edit.judge(2 + 0.1 * torch.randn(3, 4, generator=noise, dtype=torch.float64), torch.full((3,), 8.0), pace[1], torch.zeros(3).bool())
-        return [edit.judge(torch.tensor(norms, dtype=torch.float64), *pace, torch.tensor(sick)) for norms in rounds]
+            edit.judge(2 + 0.1 * torch.randn(3, 4, generator=noise, dtype=torch.float64), torch.full((3,), 3.0), torch.full((3,), 8.0), pace[1], torch.zeros(3).bool())
+        return [edit.judge(torch.tensor(norms, dtype=torch.float64), torch.tensor(loss).double(), *pace, torch.tensor(sick)) for norms in rounds]
     good, low, high, nan = [2.0] * 4, [0.1] * 4, [9.0] * 4, [math.nan] * 4
     third, half = torch.full((3, 4), 1 / 3), torch.tensor([[0.5] * 4, [0.0] * 4, [0.5] * 4])
     close = lambda a, b: torch.allclose(a.float(), b, atol=1e-6)
@@ -1352,7 +1352,7 @@ def test_who_is_left_out_of_a_sync():
     assert (slow[1] < slow[0]).all() and (slow[0] < slow[2]).all() and (slow > 0.05).all()
     for bad in (high, nan, [math.inf] * 4, [2, 9, 9, 9]):
         assert all(close(weights, half) for weights in judge([good, bad, good], [good, bad, good]))
-    assert close(judge([good] * 3, sick=(False, True, False))[0], half)
+    assert close(judge([good] * 3, sick=(False, True, False))[0], half) and close(judge([good] * 3, loss=(3.0, 8.0, 3.0))[0], half)
     one_layer = judge([good, [2, 2, 2, 9], good])[0]
     assert close(one_layer[:, :3], third[:, :3]) and close(one_layer[:, 3:], half[:, 3:])
     assert not judge([good, [2, 2, 2, 9], [2, 2, 2, nan[0]]])[0].any()                       # two of three off in a layer: all go back

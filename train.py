@@ -987,9 +987,9 @@ class EDiT:
     finite, and the replica is left out; the others are weighted by softmax(-norm). Their mean, clipped, is the gradient of an outer SGD
     with Nesterov momentum. A layer's sum is waited for just before the layer is needed in the next forward pass.
 
-    Three rules are not in the paper. A replica off in most layers is off in all: they adapt to each other. Where most replicas are off in
-    some layer, all go back to where they started from. A replica that was off takes over the moments of one that was not, as a NaN
-    there would never leave."""
+    Four rules are not in the paper. The loss is tested like a norm: a replica fed garbage makes steps of the usual size. A replica off in
+    most layers is off in all: they adapt to each other. Where most replicas are off in some layer, all go back to where they started
+    from. A replica that was off takes over the moments of one that was not, as a NaN there would never leave."""
     ALPHA, LEAST = 0.02, 8      # of the EMA, a plain mean before; syncs before anyone is judged
 
     def __init__(self, model, optimizer, train, team, trace, saved=None):
@@ -1000,7 +1000,7 @@ class EDiT:
         self.momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         self.velocity = {p: local(self.momentum[name]) for name, p in model.named_parameters()}
         self.optimizer, self.train, self.team, self.trace, self.anchor, self.flying = optimizer, train, team, trace, {}, collections.deque()
-        shape = (team.replicas, len(self.units))
+        shape = (team.replicas, len(self.units) + 1)             # each layer's norm, and the loss
         self.mean, self.variance, self.seen = torch.zeros(3, *shape, dtype=torch.float64)
         if saved and (history := torch.tensor(saved, dtype=torch.float64)).shape == (3, *shape):                # else their number has changed
             self.mean, self.variance, self.seen = history
@@ -1033,24 +1033,23 @@ class EDiT:
             return time.monotonic() - self.since + seconds / 2 >= self.train.sync_seconds
         return self.steps + 1 >= self.train.sync_every
 
-    def judge(self, norms, steps, lr, sick):
-        """norms (replicas, layers) of the changes; of each replica the steps of the round, the mean learning rate and whether it calls itself
-        sick, (replicas,) -> weights (replicas, layers), 1 in all for each layer; all 0: go back."""
+    def judge(self, norms, loss, steps, lr, sick):
+        """norms (replicas, layers) of the changes; of each replica, (replicas,), the round's mean loss, steps and mean learning rate, and
+        whether it calls itself sick -> weights (replicas, layers), 1 in all for each layer; all 0: go back."""
         z, T, pace = self.train.sync_z, self.train.sync_temperature, lr * steps ** 0.75      # norms grow so: measured on the toy, 1 to 32 steps
-        usual = norms / pace.clamp(min=1e-12).unsqueeze(1)
+        usual = torch.cat([norms / pace.clamp(min=1e-12).unsqueeze(1), loss.unsqueeze(1)], dim=1)               # (replicas, layers + 1)
         limit = self.mean + z * torch.maximum(self.variance.sqrt(), 0.1 * self.mean)
-        bad = ~norms.isfinite() | sick.unsqueeze(1) | ((self.seen >= self.LEAST) & (usual > limit) & (z > 0))
-        bad |= bad.double().mean(1, keepdim=True) > 0.5
+        bad = ~usual.isfinite() | sick.unsqueeze(1) | ((self.seen >= self.LEAST) & (usual > limit) & (z > 0))
+        bad |= bad[:, -1:] | (bad.double().mean(1, keepdim=True) > 0.5)                      # its loss, or most of its layers
         rate = torch.clamp(1 / (self.seen + 1), min=self.ALPHA)
-        known = norms.isfinite() & ~sick.unsqueeze(1)
-        change = torch.where(known, torch.where(bad, torch.minimum(usual, limit), usual) - self.mean, 0)        # so that what lasts is got used to
-        self.mean, self.seen = self.mean + rate * change, self.seen + known
-        self.variance = torch.where(known, (1 - rate) * (self.variance + rate * change.square()), self.variance)
+        change = torch.where(bad, 0, usual - self.mean)          # what is off raises no threshold
+        self.mean, self.seen = self.mean + rate * change, self.seen + ~bad
+        self.variance = torch.where(bad, self.variance, (1 - rate) * (self.variance + rate * change.square()))
         if (bad.double().mean(0) > 0.5).any():
             self.seen.zero_()                                    # perhaps it is the past that is wrong
             return torch.zeros_like(norms)
         score = -norms * (steps.mean() / steps).unsqueeze(1) / T if T else torch.zeros_like(norms)              # a slow replica's norm is small
-        return torch.where(bad, -torch.inf, score).softmax(0)
+        return torch.where(bad[:, :-1], -torch.inf, score).softmax(0)
 
     @torch.no_grad()
     def sync(self, report):
@@ -1061,8 +1060,10 @@ class EDiT:
         told = team.gather({**report, "squares": squares})
         norms = torch.tensor([each["squares"] for each in told], dtype=torch.float64).unflatten(0, (team.replicas, team.ranks)).sum(1).sqrt()
         told = told[::team.ranks]
-        steps, lr = torch.tensor([[each["tally"]["steps"], each["tally"]["lr"] / each["tally"]["steps"]] for each in told], dtype=torch.float64).T
-        weights = self.judge(norms, steps, lr, torch.tensor([each["sick"] for each in told]))
+        tallies = [each["tally"] for each in told]
+        loss, steps, lr = torch.tensor([[t["ce"] / t["finite"] if t["finite"] else math.nan, t["steps"], t["lr"] / t["steps"]] for t in tallies],
+                                       dtype=torch.float64).T
+        weights = self.judge(norms, loss, steps, lr, torch.tensor([each["sick"] for each in told]))
         off = weights.sum(1) == 0
         share = (weights if weights.any() else torch.full_like(weights, 1 / team.replicas))[team.replica].tolist()
         if self.biases:
