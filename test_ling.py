@@ -1,4 +1,4 @@
-"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about two minutes:
+"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about three minutes:
 
     python -m pytest
 """
@@ -1323,10 +1323,11 @@ def test_spikes_in_a_run(folder, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     run_jobs(folder, [(4, [*SICK, "--out", "runs/four", "--ep", "2", "--replicate", "2", "--sick"])])
-    same = lambda a, b: a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=1e-2)
-    for name in ("metrics", "ledger"):
-        one, four = ([json.loads(line) for line in (folder / f"runs/{which}/{name}.jsonl").read_text().splitlines()] for which in ("whole", "four"))
-        assert len(one) == len(four) and not [(a["step"], key) for a, b in zip(one, four) for key in a if key != "tokens_per_s" and not same(a[key], b[key])]
+    decided = lambda name: [[line.get(key) for key in ("step", "verdict", "samples", "again")]
+                            for line in map(json.loads, (folder / "runs" / name / "ledger.jsonl").read_text().splitlines())]
+    assert decided("four") == decided("whole")
+    one, four = losses(run), losses(folder / "runs/four")
+    assert all(one[step] == four[step] if one[step] is None else math.isclose(one[step], four[step], rel_tol=1e-4) for step in range(1, 41))
     infect(monkeypatch)
     code, _, err = cli(train, *SICK, "--out", "runs/off", "--spike_z", "0")
     assert code == 2 and "step" in err and "samples 120 to 123" in err and losses(folder / "runs/off")[23] > 40
