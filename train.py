@@ -17,7 +17,8 @@
 Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; a run that continues takes its own.
 
 runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), ledger.jsonl (spikes, and what became of
-their samples), trace/ (seconds by phase), the tokenizer, data/ (the corpus as token ids) and checkpoints step_00001234/ with `latest` naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
+their samples), trace/ (seconds by phase), the tokenizer, data/ (the corpus as token ids) and checkpoints step_00001234/ with `latest`
+naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
 Many processes do what one does: the same samples, the same sums (but for --sync edit), the same checkpoints, which any number continues.
 """
 import argparse
