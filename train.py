@@ -1206,6 +1206,11 @@ def report(run):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Evaluation and display
 
+def token_sizes(tokenizer, config, device):
+    """(V,) int64: bytes of text a token stands for."""
+    return torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=device)
+
+
 @torch.no_grad()
 def evaluate(model, data, token_bytes, rows, team, alive=lambda: None):
     """Over all held-out tokens: mean cross entropy in nats per token, and bits per byte of text, which compares tokenizers."""
@@ -1281,7 +1286,7 @@ def build(train, config, team, resumed):
 def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     device = team.device
     data, first_sample = Data(arrays, train), batch_schedule(train)
-    token_bytes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=device)
+    token_bytes = token_sizes(tokenizer, config, device)
     model = build(train, config, team, resumed)
     optimizer = make_optimizer(model, train)
     load = torch.zeros(len(model.moe_blocks()), config.num_experts, dtype=torch.int64, device=device)     # of the last step, or round
@@ -1357,7 +1362,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
         watch.at(step + 1, "wait")
         counts, parts = team.sum(count_targets(config, targets), group), Counter()
-        nats_again, n_again, weight = 0.0, 0.0, 1.0                                          # of returned samples
+        n_all, nats_again, n_again, weight = counts[0].clamp(min=1), 0.0, 0.0, 1.0            # the last three: of returned samples
         # A share of the whole batch is only known after it; the step before's differs little, needs no messages, and is the same for
         # every split into ranks and micro-batches. Before the first step: even, a loss without a gradient.
         shares = None if train.balance == "micro" else (load + (step == 0)) / (load + (step == 0)).sum(1, keepdim=True).clamp(min=1)
@@ -1373,7 +1378,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
                 watch.at(step + 1, "wait")
                 nats, n = team.sum(torch.stack([out.parts["ce"].detach() * counts[0], (targets[part] >= 0).sum()]), group).tolist()      # SYNC
                 nats_again, n_again = nats_again + nats, n_again + n
-                weight = min(weight, spikes.weight(nats / max(1.0, n), max(1.0, n) / int(counts[0])))
+                weight = min(weight, spikes.weight(nats / max(1.0, n), max(1.0, n) / int(n_all)))
             watch.at(step + 1, "backward")
             (out.loss * weight).backward()
             for name, value in {"loss": out.loss, **out.parts}.items():
@@ -1393,8 +1398,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         parts, stopping, norm = dict(zip(parts, values)), asked > 0, float(norm)
 
         # 4. spike?
-        n_all = max(1, int(counts[0]))
-        loss = (parts["ce"] - nats_again / n_all) * n_all / max(1.0, n_all - n_again)
+        n_all = int(n_all)
+        loss = (parts["ce"] - nats_again / n_all) * n_all / max(1.0, n_all - n_again)        # of the samples that are new
         verdict = spikes.judge(step + ahead, loss, norm, samples, returned, weight < 1, alone)
 
         # 5. clip and step
@@ -1500,8 +1505,8 @@ def export(run, train, config, team, resumed):
         require(len(folders) == train.merge, f"--merge {train.merge}: {run} has {len(folders)} good checkpoints; train with --keep {train.merge} and --decay 0")
         for folder in folders:
             require(not (damage := checkpoint_damage(folder)), f"--merge {train.merge}: {folder} is damaged ({damage}); merge fewer")
-        sizes = torch.tensor([len(tokenizer.bytes_of(t)) for t in range(config.vocab_size)], device=team.device)
-        score = lambda: evaluate(model, data, sizes, max(1, train.micro_batch_tokens // train.seq_len), team)["val_bpb"]
+        sizes = token_sizes(tokenizer, config, team.device)
+        score = lambda: evaluate(model, data, sizes, train.micro_batch_tokens // train.seq_len, team)["val_bpb"]
         last, mean = score(), [torch.zeros_like(local(t)) for t in state["model"].values()]
         for folder, weight in zip(folders, merge_weights(train.merge, train.merge_shape)):
             load_checkpoint(folder, state)
