@@ -1125,6 +1125,14 @@ def test_stop_and_kill_change_nothing(folder):
         assert losses(run) == want
 
 
+def test_a_run_outlives_its_shell(folder, monkeypatch):
+    """nohup python train.py &, and the terminal closed: taken for a torchrun that died, the run stopped after a step."""
+    parents = itertools.count(4711)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    code, out, _ = cli(train, *FLAGS, "--steps", "4")
+    assert code == 0 and "finished: 4 steps" in out, out
+
+
 def test_damaged_checkpoints(folder):
     """A truncated or altered checkpoint that loads; one that runs code; losing everything because the newest is bad."""
     assert cli(train, *FLAGS, "--steps", "4", "--keep", "9", "--eval_every", "0")[0] == 0

@@ -223,7 +223,8 @@ class Team:
         """Raises BadInput where the device is not there."""
         variable = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.size, self.local_rank = variable("RANK", 0), variable("WORLD_SIZE", 1), variable("LOCAL_RANK", 0)
-        self.local_size, self.parent, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), os.getppid(), 0, pick_device(device)
+        self.local_size, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), 0, pick_device(device)
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None          # torchrun; a shell may go, and a run in its background stay
         self.nodes = variable("GROUP_WORLD_SIZE", self.size // self.local_size)
         self.replicas, self.replica, self.ranks, self.within, self.across = 1, 0, self.size, None, None   # until split()
         if self.size > 1 and self.device.type != "cpu":
@@ -1389,7 +1390,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         watch.at(step + 1, "reduce")
         if edit and not alone:
             edit.sum_gradients()
-        orphaned = os.getppid() != team.parent                                               # torchrun is gone: no one would restart us
+        orphaned = team.parent not in (None, os.getppid())                                   # torchrun is gone: no one would restart us
         due = alone and rank == 0 and edit.due(time.perf_counter() - start)
         sums = team.sum(torch.stack([*parts.values(), *torch.tensor([float(bool(stop) or orphaned), due], device=device)]), group)
         load_now = team.sum(load_now, group)
