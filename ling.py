@@ -301,9 +301,9 @@ class RoPETables:
     def __init__(self, config):
         self.config, self.cos, self.sin = config, torch.empty(0), None
 
-    def __call__(self, start, length, device):
-        """-> cos, sin: fp32 (length, d) of positions start .. start + length - 1, laid out for y = x * cos + swap(x) * sin."""
-        end = start + length
+    def __call__(self, positions, device):
+        """-> cos, sin: fp32 (S,d) of positions, a slice or int64 (S,), laid out for y = x * cos + swap(x) * sin."""
+        end = positions.stop if isinstance(positions, slice) else self.config.max_position_embeddings
         if end > len(self.cos) or self.cos.device != device:
             with torch.inference_mode(False):                                                # training may use these tables next
                 inv_freq, factor = rope_frequencies(self.config)
@@ -311,7 +311,7 @@ class RoPETables:
                 cos, sin, rest = angle.cos() * factor, angle.sin() * factor, (0, self.config.head_dim - self.config.rotary_width)
                 self.cos = F.pad(torch.cat([cos, cos], dim=1), rest, value=1.0)              # dims past r pass through
                 self.sin = F.pad(torch.cat([-sin, sin], dim=1), rest)
-        return self.cos[start:end], self.sin[start:end]
+        return self.cos[positions], self.sin[positions]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,21 +319,30 @@ class RoPETables:
 
 class KVCache:
     """What generation keeps between calls: keys and values of every layer, (L,B,max_length,KV,d) each, how many positions are
-    filled, and NormHead's scale. Made on first use, in the dtype and on the device of the first keys."""
+    filled, and NormHead's scale. Made on first use, in the dtype and on the device of the first keys. All sequences of the batch
+    have the same length; sample.py's `Segments` answers the same three calls for sequences of any lengths."""
 
     def __init__(self, config, batch_size, max_length):
         self.shape = (config.num_hidden_layers, batch_size, max_length, config.num_key_value_heads, config.head_dim)
         self.keys = self.values = self.head_scale = None
-        self.length = 0                                          # moved by Ling.forward, once all layers have written
+        self.length = 0
 
-    def update(self, layer, k, v):
-        """Append k, v (B,S,KV,d) of one layer -> all keys and values so far, (B,length+S,KV,d)."""
+    def positions(self, S):
+        """Where the next S tokens stand, as RoPETables takes it."""
+        return slice(self.length, self.length + S)
+
+    def advance(self, S):
+        """All layers have written S more tokens."""
+        self.length += S
+
+    def attend(self, layer, q, k, v):
+        """Append k, v (B,S,KV,d) of one layer, and let q (B,S,H,d) look at all so far -> (B,S,H,d)."""
         end = self.length + k.shape[1]
         require(end <= self.shape[2], f"the cache holds {self.shape[2]} positions, {end} are needed; make KVCache with max_length >= {end}")
         if self.keys is None:
             self.keys, self.values = k.new_empty(self.shape), k.new_empty(self.shape)
         self.keys[layer, :, self.length:end], self.values[layer, :, self.length:end] = k, v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        return attention(q, self.keys[layer, :, :end], self.values[layer, :, :end])
 
 
 class Attention(nn.Module):
@@ -356,9 +365,8 @@ class Attention(nn.Module):
             norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
         q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, self.r, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
         v = v.unflatten(-1, (KV, d))
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        return linear(attention(q, k, v).flatten(2), self.dense.weight, self.dense.bias)     # (B,S,D)
+        y = attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)       # (B,S,H,d)
+        return linear(y.flatten(2), self.dense.weight, self.dense.bias)                      # (B,S,D)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -572,9 +580,9 @@ class MTP(Block):
         self.enorm, self.hnorm, self.final_layernorm = RMSNorm(D, eps), RMSNorm(D, eps), RMSNorm(D, eps)
         self.eh_proj = nn.Linear(2 * D, D, bias=False)
 
-    def forward(self, h, embedding, cos_sin, counted, warmup, share):                        # both (B,S,D)
+    def forward(self, h, embedding, cos_sin, counted=None, cache=None, warmup=None, share=None):     # both (B,S,D)
         x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(h)], dim=-1))          # embedding first: [DSv3] writes it second
-        x, routing = super().forward(x, cos_sin, counted, None, warmup, share)
+        x, routing = super().forward(x, cos_sin, counted, cache, warmup, share)
         return self.final_layernorm(x), routing
 
 
@@ -633,6 +641,25 @@ class Ling(nn.Module):
                     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{e or 0}".encode()))
                     matrix.copy_(torch.empty(p.shape[-2:], dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)[part])
 
+    def trunk(self, tokens, cache=None, counted=None, warmup=None, shares=()):
+        """tokens (B,S) -> x (B,S,D) after the final norm, and each block's Routing or None. The rest as in forward."""
+        S, shares = tokens.shape[1], iter(shares)
+        require(S > 0, "tokens (B,S) must have at least one position")
+        cos_sin = self.rope(slice(0, S) if cache is None else cache.positions(S), tokens.device)
+        (x,), routings = autocast(self.word_embeddings(tokens)), []                          # the residual stream has the activations' dtype
+        for block in self.layers:
+            x, routing = block(x, cos_sin, counted, cache, warmup, next(shares, None) if isinstance(block.mlp, MoE) else None)
+            routings.append(routing)                                                         # x (B,S,D)
+        if cache is not None:
+            cache.advance(S)
+        return self.norm(x), routings
+
+    def draft(self, x, tokens, cache):
+        """The first MTP block in generation: x (B,S,D) of trunk, and the tokens (B,S) that follow each position -> (B,S,D), whose
+        logits guess the token after. The block keeps keys and values of its own, in layer L of the cache."""
+        x, _ = self.mtp[0](x, self.word_embeddings(tokens), self.rope(cache.positions(tokens.shape[1]), x.device), cache=cache)
+        return x
+
     def moe_blocks(self):
         """The blocks that route, in the order of the rows of Output.load."""
         return [block for block in [*self.layers, *self.mtp] if isinstance(block.mlp, MoE)]
@@ -644,37 +671,29 @@ class Ling(nn.Module):
         cache: a KVCache that tokens continue. counts: count_targets() of the whole step, if this batch is only a part of it.
         warmup: a Warmup, or None. shares (MoE layers, E): f of the balance losses, if not this batch's.
         logits_to_keep: only the last so many positions' logits (0: all)."""
-        (B, S), c = tokens.shape, self.config
-        require(S > 0, "tokens (B,S) must have at least one position")
+        c, shares = self.config, iter(() if shares is None else shares)
         require(targets is None or targets.shape == tokens.shape, "targets must have the shape of tokens, (B,S)")
-        cos_sin = self.rope(0 if cache is None else cache.length, S, tokens.device)
         counted = None if targets is None else (targets >= 0).flatten()                      # (T,)
-        shares = iter(() if shares is None else shares)
-        share_of = lambda block: next(shares, None) if isinstance(block.mlp, MoE) else None
-        (x,), routings = autocast(self.word_embeddings(tokens)), []                          # the residual stream has the activations' dtype
-        for block in self.layers:
-            x, routing = block(x, cos_sin, counted, cache, warmup, share_of(block))          # (B,S,D)
-            routings.append((routing, 0))
-        x = self.norm(x)
-        if cache is not None:
-            cache.length += S
+        x, routings = self.trunk(tokens, cache, counted, warmup, shares)
         if targets is None:
             return Output(self.logits(x[:, -logits_to_keep:], cache), None, {}, self.stack_loads(routings))
+        depths = [0] * len(routings)
 
         # Every term is a sum over this batch divided by the count of the whole step, so gradients of micro-batches simply add.
         counts = (count_targets(c, targets) if counts is None else counts).clamp(min=1)
         head = lambda h, t: linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, t.flatten(), c.norm_head)
         parts = {"ce": head(x, targets) / counts[0]}                                         # mean of -log p(target)
         if self.mtp:
-            losses, h = [], x                                                                # x after the final norm
+            losses, h, cos_sin = [], x, self.rope(slice(0, tokens.shape[1]), x.device)
             for m, block in enumerate(self.mtp, start=1):
                 # Past the end of the window token and target are unknown: unscored, never wrapped to another row.
                 embedding, further = self.word_embeddings(shift(tokens, m, 0)), shift(targets, m, -1)
-                h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), warmup, share_of(block))
+                h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), None, warmup, next(shares, None))
                 losses.append(head(h, further) / counts[m])
-                routings.append((routing, m))
+                routings.append(routing)
+                depths.append(m)
             parts["mtp"] = torch.stack(losses).mean()                                        # [DSv3 eq. 25]
-        for routing, m in routings:                                                          # summed over MoE layers, MTP's too
+        for routing, m in zip(routings, depths):                                             # summed over MoE layers, MTP's too
             for name, value in (("balance", routing and routing.balance), ("z", routing and routing.z)):
                 if value is not None:
                     parts[name] = parts.get(name, 0.0) + value / counts[m]
@@ -683,7 +702,7 @@ class Ling(nn.Module):
         return Output(None, loss, parts, self.stack_loads(routings))
 
     def stack_loads(self, routings):
-        loads = [routing.load for routing, _ in routings if routing is not None]
+        loads = [routing.load for routing in routings if routing is not None]
         return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=self.norm.weight.device)
 
     def logits(self, x, cache=None):

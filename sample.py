@@ -4,30 +4,46 @@
     python sample.py runs/toy --prompt "class " --tokens 200 --temperature 0.8
     python sample.py PATH/Ling-mini-2.0 --dtype bfloat16 < prompt.txt
     python sample.py --show-routing                      # colour each token by the expert that ran for it
+    python sample.py PATH/Ling-mini-2.0 --chat           # talk; /reset, /quit, Ctrl-C stops a reply
+    python sample.py PATH/Ling-mini-2.0 --prompts in.jsonl --out out.jsonl     # many at once; again: only what is missing
+    python sample.py PATH/Ling-mini-2.0 --score in.jsonl                       # log-likelihoods of given continuations
+    python sample.py PATH/Ling-mini-base-2.0 --speculate                       # the MTP block guesses, the model checks
 
-The text streams to stdout as it comes; tokens per second go to stderr. Load -> prompt -> prefill -> decode -> stream.
+Text streams to stdout as it comes; tokens per second go to stderr. All of these are one loop, `Engine.serve`: requests of any
+length share each pass through the model, and their keys and values one buffer.
 """
 import argparse
 import base64
 import codecs
+import collections
+import contextlib
 import json
+import math
 import os
+import random
+import re
 import sys
 import time
 import unicodedata
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 
-from ling import BadInput, KVCache, Ling, find_checkpoint, read_json
+from kernels import attention
+from ling import BadInput, KVCache, Ling, read_json, require, write_beside
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Tokenizers. All are byte-level BPE, run by tiktoken: bytes -> rank, and the rank is the id.
 
 # How Ling's releases cut text before merging: words with at most one leading sign, single digits, runs of signs, spaces.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
-END = "<|endoftext|>"
+END, ROLE_END = "<|endoftext|>", "<|role_end|>"
+TOOL_MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")          # special tokens a reader wants to see
 
 
 class Tokenizer:
@@ -35,7 +51,8 @@ class Tokenizer:
 
     def __init__(self, encoding, nfc=False, file=None):
         self.encoding, self.nfc, self.size = encoding, nfc, encoding.n_vocab                 # size: largest id + 1
-        self.end = encoding.encode_single_token(END) if END in encoding.special_tokens_set else None
+        self.specials = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+        self.end = self.specials.get(END)
         self.file = file                                                                     # (name, content) to keep beside weights
 
     @classmethod
@@ -48,10 +65,23 @@ class Tokenizer:
     def encode(self, text):
         return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
+    def encode_chat(self, pieces):
+        """pieces [(text, is it the template's own?)] -> ids. Special tokens are looked for in the template's own text alone;
+        text between two of them is cut as one, whoever wrote it, as the official tokenizer does."""
+        marks = re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or "(?!)")
+        ids, text = [], ""
+        for piece, own in pieces:
+            while own and (mark := marks.search(piece)):
+                ids += [*self.encode(text + piece[:mark.start()]), self.specials[mark[0]]]
+                piece, text = piece[mark.end():], ""
+            text += piece
+        return ids + self.encode(text)
+
     def bytes_of(self, token):
-        """The bytes a token stands for; none for ids without a token (padding of the vocabulary) and for specials."""
+        """The bytes a token stands for; none for ids without a token (padding of the vocabulary) and for specials but TOOL_MARKS."""
         try:
-            return b"" if self.encoding.is_special_token(token) else self.encoding.decode_single_token_bytes(token)
+            data = self.encoding.decode_single_token_bytes(token)
+            return data if not self.encoding.is_special_token(token) or data.decode() in TOOL_MARKS else b""
         except KeyError:
             return b""
 
@@ -138,10 +168,103 @@ def merge_below(token, ranks, limit):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Generation
+# 2. Chat templates. Yields (text, is it the template's own?): what a user, a tool or the model wrote can hold no special token.
 
-def next_token(logits, seen, generator, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """Draw one id. logits (V,) fp32, seen (n,) ids so far. temperature 0: the likeliest. top_k 0, top_p 1, min_p 0: off.
+def chat_style(folder, config, tokenizer):
+    """-> ("v1" or "v2", whether it thinks by default), by the template beside the weights if there is one, else by the model.
+    Ling 1 and Ling 2's base models have the plain v1, in which only the next role ends a turn."""
+    require("<role>" in tokenizer.specials, f"the tokenizer of {folder} has no <role> token: not a model one can chat with; use --prompt")
+    file = Path(folder) / "chat_template.jinja"
+    beside = Path(folder) / "tokenizer_config.json"
+    template = file.read_text() if file.exists() else str(read_json(beside).get("chat_template") or "") if beside.exists() else ""
+    is_v2 = ROLE_END in template if template else ROLE_END in tokenizer.specials and not config.is_ling1
+    return "v2" if is_v2 else "v1", bool(re.search(r"thinking_option\s*=\s*['\"]on|detailed thinking on", template))
+
+
+def render(messages, style, thinking=False, tools=()):
+    """The prompt for the assistant's next turn. messages: dicts as in OpenAI's API, {"role": system, user, assistant or tool, "content"},
+    an assistant's also with "tool_calls" and "reasoning_content". Raises BadInput."""
+    require(isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages), "messages must be a list of objects, and not empty")
+    for role in (m.get("role") for m in messages):
+        require(role in ("system", "user", "assistant", "tool"), f"a message's role is {role!r}; known are system, user, assistant and tool")
+    require(all(isinstance(m.get("content") or "", str) for m in messages), "a message's content must be a string")
+    return [*(render_v2 if style == "v2" else render_v1)(messages, thinking, tools), ("<role>ASSISTANT</role>", True)]
+
+
+def render_v1(messages, thinking, tools):
+    require(not tools and not thinking, "the chat template of Ling 1 and of base models knows no tools and no thinking; leave them out")
+    for message in messages:
+        role = message["role"].upper()
+        yield f"<role>{'HUMAN' if role == 'USER' else role}</role>", True
+        yield message.get("content") or "", False
+
+
+def render_v2(messages, thinking, tools):
+    dump = lambda value: json.dumps(value, ensure_ascii=False)
+    yield "<role>SYSTEM</role>", True
+    if messages[0]["role"] == "system":
+        yield (messages[0].get("content") or "") + "\n", False
+    if tools:
+        yield ("# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+               "You are provided with function signatures within <tools></tools> XML tags:\n<tools>", True)
+        for tool in tools:
+            yield "\n" + dump(tool), False
+        yield ("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+               '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n', True)
+    yield f"detailed thinking {'on' if thinking else 'off'}{ROLE_END}", True
+    last_query = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages))
+    for i, message in enumerate(messages):
+        role, content = message["role"], message.get("content") or ""
+        if role == "system" and i == 0:
+            continue
+        if role == "tool":                                                                   # answers in a row share one turn
+            if i == 0 or messages[i - 1]["role"] != "tool":
+                yield "<role>OBSERVATION</role>", True
+            yield "\n<tool_response>\n", True
+            yield content, False
+            yield "\n</tool_response>", True
+            if i + 1 < len(messages) and messages[i + 1]["role"] == "tool":
+                continue
+        else:
+            yield f"<role>{'HUMAN' if role == 'user' else role.upper()}</role>", True
+            if role == "assistant":
+                thought, content = split_thought(message)
+                if thought and i > last_query:                                               # of earlier turns only the answer is kept
+                    thought, content = f"\n<think>\n{thought}\n</think>\n\n", content.lstrip("\n")
+                    yield thought, False
+            yield content, False
+            for j, call in enumerate(message.get("tool_calls") or () if role == "assistant" else ()):
+                call = call.get("function") or call
+                arguments = call["arguments"] if isinstance(call["arguments"], str) else dump(call["arguments"])
+                yield "\n" * bool(j or content) + "<tool_call>\n", True
+                yield f'{{"name": {dump(call["name"])}, "arguments": {arguments}}}', False
+                yield "\n</tool_call>", True
+        yield ROLE_END, True
+
+
+def split_thought(message):
+    """What an assistant's message thought, and what it said."""
+    content = message.get("content") or ""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"].strip("\n"), content
+    thought, mark, answer = content.rpartition("</think>")
+    return (thought.split("<think>")[-1].strip("\n"), answer.lstrip("\n")) if mark else ("", content)
+
+
+def split_calls(text):
+    """An assistant's text -> {"content", "tool_calls"} of its message; a call that is not JSON stays text."""
+    content, *calls = re.split(r"\n?<tool_call>\n?", text)
+    try:
+        return {"content": content, "tool_calls": [json.loads(call.partition("</tool_call>")[0]) for call in calls]}
+    except ValueError:
+        return {"content": text}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. One token
+
+def next_token(logits, seen, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """Draw one id. logits (V,) fp32, seen (n,) ids so far, uniform in [0, 1) decides. temperature 0: the likeliest. top_k 0, top_p 1, min_p 0: off.
 
     top_p keeps the fewest tokens whose probabilities reach it (arXiv 1904.09751), min_p those of at least min_p times the
     best's (arXiv 2407.01082); the penalty divides the positive logits of seen tokens and multiplies the negative (arXiv 1909.05858)."""
@@ -157,30 +280,8 @@ def next_token(logits, seen, generator, temperature=0.8, top_k=0, top_p=1.0, min
     if top_p < 1.0:
         ordered, index = probs.sort(descending=True)
         probs = probs.index_fill(0, index[ordered.cumsum(0) - ordered >= top_p], 0.0)        # the one that crosses stays
-    probs = probs.masked_fill(probs < min_p * probs.max(), 0.0)
-    return int(torch.multinomial(probs.cpu(), 1, generator=generator))                       # on the CPU: same draw on every device
-
-
-@torch.no_grad()
-def generate(model, prompt, tokens, seed=0, stop_ids=(), **sampling):
-    """Yield (id, load) for up to `tokens` new tokens after `prompt`, a list of ids; load (MoE layers, E) of the pass that
-    produced it. Stops before an id of stop_ids. Raises BadInput when the text would outgrow the model's positions."""
-    limit, device = model.config.max_position_embeddings, model.word_embeddings.weight.device
-    if len(prompt) + tokens > limit:
-        raise BadInput(f"{len(prompt)} tokens of prompt and {tokens} new ones exceed max_position_embeddings={limit}; "
-                       f"shorten the prompt or ask for at most {max(0, limit - len(prompt))}")
-    cache = KVCache(model.config, 1, len(prompt) + tokens)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([prompt], device=device)
-    if len(prompt) > 1:
-        model(ids[:, :-1], cache=cache, logits_to_keep=1)                                    # prefill
-    for _ in range(tokens):
-        out = model(ids[:, cache.length:], cache=cache)                                      # one token
-        token = next_token(out.logits[0, -1], ids[0], generator, **sampling)                 # SYNC
-        if token in stop_ids:
-            return
-        yield token, out.load
-        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    reach = probs.masked_fill(probs < min_p * probs.max(), 0.0).double().cumsum(0)
+    return int(torch.searchsorted(reach, reach[-1:] * uniform, right=True).clamp(max=len(reach) - 1))    # right: never one of probability 0
 
 
 class Stream:
@@ -200,6 +301,282 @@ class Stream:
         return ready
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Many requests through one model
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to continue by up to `tokens`, or (tokens 0) a text to score from position `score_from` on, and what came of it."""
+    ids: list                                                    # the prompt; what is generated is appended
+    tokens: int = 0
+    score_from: int = 1
+    seed: str = "0"                                              # with the position, decides each draw, whatever else is in the batch
+    sampling: dict = field(default_factory=dict)                 # of next_token
+    stop_ids: frozenset = frozenset()
+    bytes_of: object = None                                      # token -> bytes; None: no text is wanted
+    stream: Stream = field(default_factory=Stream)
+    text: str = ""                                               # what is new to print; the caller takes it away
+    finish: str = None                                           # "stop" or "length" once it is complete
+    logprobs: list = field(default_factory=list)                 # of ids[score_from:], natural logarithms
+    greedy: bool = True                                          # whether each of those was the likeliest
+    guess: list = field(default_factory=list)                    # the MTP block's next token, not in ids yet
+    done: int = 0                                                # so many of ids have their keys and values in the buffer,
+    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))                 # position -> slot; the last ones still empty
+
+    def __post_init__(self):
+        self.limit = len(self.ids) + self.tokens                 # positions it may come to need
+
+    @property
+    def target(self):
+        """How many of ids have to run: a text to score needs nothing of what follows its last token."""
+        return len(self.ids) if self.tokens else len(self.ids) - 1
+
+    @property
+    def first(self):
+        """The first position whose logits are wanted."""
+        return len(self.ids) - 1 if self.tokens else self.score_from - 1
+
+    def draw(self, logits, best):
+        """logits (V,) after ids, `best` their argmax -> the next id."""
+        greedy = self.sampling.get("temperature", 1) == 0 and self.sampling.get("repetition_penalty", 1.0) == 1.0
+        seen = torch.tensor(self.ids, device=logits.device) if self.sampling.get("repetition_penalty", 1.0) != 1.0 else None
+        uniform = random.Random(f"{self.seed}/{len(self.ids)}").random()
+        return best if greedy else next_token(logits, seen, uniform, **self.sampling)
+
+    def push(self, token):
+        """Take the next token; sets finish."""
+        if token in self.stop_ids:
+            self.finish = "stop"
+        else:
+            self.ids.append(token)
+            if self.bytes_of:
+                self.text += self.stream.push(self.bytes_of(token))
+            self.finish = "stop" if self.stream.stopped else "length" if len(self.ids) >= self.limit else None
+        if self.finish and not self.stream.stopped:
+            self.text += self.stream.push(b"", final=True)
+
+
+class Segments(KVCache):
+    """Keys and values of requests of any lengths in one buffer of slots, after the segment cache of Flood [Ling1 section 5]: positions that
+    lie in a row are read where they are. Requests that begin alike share slots, so a slot counts its users."""
+
+    def __init__(self, config, slots, layers):
+        super().__init__(config, 1, slots)
+        self.shape = (layers, *self.shape[1:])
+        self.users = np.zeros(slots, np.int32)
+
+    def take(self, n, after):
+        """n free slots, or None. First those that follow slot `after` (extend), else the smallest run that holds them (allocate), else
+        the longest ones (append)."""
+        free = np.flatnonzero(self.users == 0)
+        if len(free) < n:
+            return None
+        runs = np.split(free, np.flatnonzero(np.diff(free) > 1) + 1)
+        runs.sort(key=lambda run: (run[0] != after + 1, len(run) < n, len(run) if len(run) >= n else -len(run)))
+        slots = np.concatenate(runs)[:n]
+        self.users[slots] += 1
+        return slots
+
+    def plan(self, work):
+        """The next pass writes positions start..end - 1 of each request, work [(request, start, end)], one after the other."""
+        self.spans, row, device = [], 0, self.device
+        for request, start, end in work:
+            slots = request.slots[:end]
+            runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)]
+            self.spans.append((row, row := row + end - start, runs))
+        join = lambda parts: torch.from_numpy(np.concatenate(parts)).to(device)
+        self.rows = join([request.slots[start:end] for request, start, end in work])         # (T,) slot of each token
+        self.at = join([np.arange(start, end) for _, start, end in work])                    # (T,) position of each token
+
+    def positions(self, S):
+        return self.at
+
+    def advance(self, S):
+        pass
+
+    def attend(self, layer, q, k, v):                                                        # (1,T,H,d), (1,T,KV,d) -> (1,T,H,d)
+        if self.keys is None:
+            self.keys, self.values = k.new_empty(self.shape), k.new_empty(self.shape)
+        keys, values = self.keys[layer], self.values[layer]                                  # (1,slots,KV,d)
+        keys.index_copy_(1, self.rows, k)
+        values.index_copy_(1, self.rows, v)
+        join = lambda x, runs: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, i:j] for i, j in runs], dim=1)
+        return torch.cat([attention(q[:, i:j], join(keys, runs), join(values, runs)) for i, j, runs in self.spans], dim=1)
+
+
+class Engine:
+    """Continuous batching: every pass carries the next token of each request that generates and a stretch of those that are still
+    read; a finished one makes room at once. slots: positions the buffer holds. batch: requests at a time. chunk: tokens a pass.
+    speculate: the MTP block guesses a token more, which the next pass checks: what is drawn never depends on the guess."""
+
+    AHEAD = 64                                                   # slots to reserve beyond what is needed now, if there are any
+    ALIKE = 32                                                   # a common beginning of fewer tokens is not worth sharing
+
+    def __init__(self, model, slots, batch=64, chunk=512, speculate=False):
+        c = model.config
+        require(not speculate or len(model.mtp), "this model has no MTP block to guess with (num_nextn_predict_layers is 0); leave --speculate out")
+        self.model, self.batch, self.chunk, self.speculate = model, batch, max(chunk, 2 * batch), speculate
+        self.cache = Segments(c, slots, c.num_hidden_layers + speculate)
+        self.cache.device = self.device = model.word_embeddings.weight.device
+        self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
+        self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
+        self.routings = []
+
+    def check(self, request, where=""):
+        """Raises BadInput if a request could never run."""
+        limit, slots = self.model.config.max_position_embeddings, self.cache.shape[2]
+        require(request.limit <= limit, f"{where}{len(request.ids)} tokens of prompt and {request.tokens} new ones exceed max_position_embeddings={limit}; "
+                f"shorten the prompt or ask for at most {max(0, limit - len(request.ids))}")
+        require(request.limit <= slots, f"{where}a request of up to {request.limit} tokens does not fit the {slots} positions of the cache; raise --cache_gb")
+
+    def room(self, request, n):
+        """Slots for n more positions and some ahead, if need be from requests that are only kept. -> whether there are."""
+        after = request.slots[-1] if len(request.slots) else -2
+        while True:
+            for count in (min(n + self.AHEAD, request.limit - len(request.slots)), n):
+                if (slots := self.cache.take(count, after)) is not None:
+                    request.slots = np.concatenate([request.slots, slots])
+                    return True
+            if not self.kept:
+                return False
+            self.release(self.kept.pop(0))
+
+    def release(self, request):
+        self.cache.users[request.slots] -= 1
+        request.slots, request.done, request.guess = request.slots[:0], 0, []
+
+    def admit(self, request, running):
+        """Give a request slots for its prompt, the first ones shared with the request that begins most alike. -> whether it may run now."""
+        best, n = None, self.ALIKE - 1 + self.speculate
+        for other in running + self.kept:
+            if other.ids[:n] == request.ids[:n]:
+                common = len(os.path.commonprefix([other.ids, request.ids[:request.first]]))
+                if common > max(n, other.done + self.ALIKE) and other in running:
+                    return False                                 # it is just being read: wait for it
+                best, n = max((best, n), (other, min(common, other.done)), key=lambda pair: pair[1])
+        if best is not None:
+            request.done = n - self.speculate                    # the last one's MTP key joins the token after it, which may differ
+            request.slots = best.slots[:request.done].copy()
+            self.cache.users[request.slots] += 1
+            self.shared += request.done
+        if self.room(request, request.target - request.done):
+            return True
+        self.release(request)
+        return False
+
+    @torch.inference_mode()                                      # a fifth faster than no_grad where calls are what takes the time
+    def serve(self, requests):
+        """Yields a request whenever it has a new token in ids, or `finish` is set. Raises BadInput if one cannot fit, before any work."""
+        waiting, running, crowded = collections.deque(requests), [], False
+        for request in waiting:
+            self.check(request)
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.batch and not crowded and self.admit(waiting[0], running):
+                    running.append(waiting.popleft())
+                work, left = [], self.chunk
+                for request in sorted(running, key=lambda r: r.target - r.done):             # those that generate before those that are read
+                    end = min(request.target, request.done + left)
+                    end += len(request.guess) if end == len(request.ids) else 0
+                    if end > request.done and (end <= len(request.slots) or self.room(request, end - len(request.slots))):
+                        work.append((request, request.done, end))
+                        left = max(0, left - (end - request.done))
+                if not work:                                     # all wait for slots: the youngest gives its own back and starts again later
+                    crowded, youngest = True, running.pop()
+                    self.release(youngest)
+                    youngest.logprobs, youngest.greedy = [], True
+                    waiting.appendleft(youngest)
+                    continue
+                yield from self.step(work)
+                finished = [request for request in running if request.finish]
+                running = [request for request in running if not request.finish]
+                self.keep(finished)
+                crowded = crowded and not finished
+        finally:
+            self.keep(running)                                   # the caller has seen enough
+
+    def guesses(self):
+        """What there is to report about speculation."""
+        return (f"; {self.accepted} of {self.guessed} guesses right ({self.accepted / self.guessed:.0%}), {self.drawn / self.passes:.2f} tokens a pass"
+                if self.guessed else "")
+
+    def keep(self, requests):
+        self.kept += requests
+        while len(self.kept) > self.batch:
+            self.release(self.kept.pop(0))
+
+    def step(self, work):
+        """One pass over positions start..end - 1 of each request, and what follows from its logits."""
+        model, cache = self.model, self.cache
+        cache.plan(work)
+        tokens = [token for request, start, end in work for token in (request.ids + request.guess)[start:end]]
+        x, self.routings = model.trunk(torch.tensor([tokens], device=self.device), cache)    # (1,T,D)
+        rows, wanted, row = [], [], 0                                                        # rows whose logits are needed
+        for request, start, end in work:
+            wanted.append(range(max(start, request.first), end))
+            rows += [row + position - start for position in wanted[-1]]
+            row += end - start
+        logits = model.logits(x[:, rows], cache)[0] if rows else x.new_empty(0, 1)           # (rows,V) fp32
+        best, row = logits.argmax(-1).tolist(), 0                                            # SYNC
+        self.passes, self.read = self.passes + 1, self.read + len(tokens)
+        for (request, start, end), positions in zip(work, wanted):
+            mine, top, row = logits[row:row + len(positions)], best[row:row + len(positions)], row + len(positions)
+            if request.tokens == 0:
+                request.done = end
+                if positions:
+                    target = request.ids[positions.start + 1:end + 1]
+                    request.logprobs += (-F.cross_entropy(mine, mine.new_tensor(target, dtype=torch.int64), reduction="none")).tolist()
+                    request.greedy &= target == top
+                if end == request.target:
+                    request.finish = "length"
+                    yield request
+                continue
+            guess, request.guess, request.done = request.guess, [], min(end, len(request.ids))
+            for i in range(len(positions)):
+                request.push(token := request.draw(mine[i], top[i]))
+                self.drawn += 1
+                yield request
+                if request.finish or token not in guess[i:i + 1]:
+                    break
+                request.done += 1                                # the guess was right: its keys are good, and so are the logits after it
+                self.accepted += 1
+            self.guessed += len(guess)
+        if self.speculate:
+            self.guess(x, work)
+
+    def guess(self, x, work):
+        """Run the MTP block over the positions of this pass that stand, and let it guess a token after each newest one."""
+        spans, rows, tokens, last, row = [], [], [], [], 0
+        for request, start, end in work:
+            if request.finish:
+                request.done = start                             # the rest has no MTP keys, should a later prompt begin alike
+            elif request.done > start:
+                spans.append((request, start, request.done))
+                rows += range(row, row + request.done - start)
+                tokens += request.ids[start + 1:request.done + 1]
+                last.append(len(rows) - 1)
+            row += end - start
+        if spans:
+            self.cache.plan(spans)
+            h = self.model.draft(x[:, rows], torch.tensor([tokens], device=self.device), self.cache)
+            ready = [(request, i) for (request, _, end), i in zip(spans, last) if end + 1 == len(request.ids) and request.limit - end > 2]
+            if ready:
+                best = self.model.logits(h[:, [i for _, i in ready]], self.cache)[0].argmax(-1).tolist()     # SYNC
+                for (request, _), token in zip(ready, best):
+                    request.guess = [token]
+
+
+def generate(model, prompt, tokens, seed=0, stop_ids=(), **sampling):
+    """Yield (id, load) for up to `tokens` new tokens after `prompt`, a list of ids; load (MoE layers, E) of the pass that
+    produced it. Stops before an id of stop_ids. Raises BadInput when the text would outgrow the model's positions."""
+    engine = Engine(model, len(prompt) + tokens, batch=1)
+    engine.chunk = max(1, len(prompt) - 1)                       # the pass that draws a token is that token's alone
+    request = Request([*prompt], tokens, seed=str(seed), sampling=sampling, stop_ids=frozenset(stop_ids))
+    for n, _ in enumerate(engine.serve([request]), start=len(prompt) + 1):
+        if len(request.ids) == n:
+            yield request.ids[-1], model.stack_loads(engine.routings)
+
+
 def text_of(model, tokenizer, prompt, tokens, **kwargs):
     """The continuation of `prompt` as one string."""
     ids = tokenizer.encode(prompt) or [tokenizer.end or 0]
@@ -207,7 +584,225 @@ def text_of(model, tokenizer, prompt, tokens, **kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Command line
+# 5. From text to requests
+
+SETTINGS = {                                                     # flags that a line of --prompts may also set for itself: type, default, help, limits
+    "tokens": (int, 200, "how many tokens to generate", lambda n: n >= 1, "at least 1"),
+    "temperature": (float, 0.8, "0 takes the likeliest token", lambda t: 0 <= t < float("inf"), "0 or more"),
+    "top_k": (int, 0, "keep the k likeliest; 0: all", lambda k: k >= 0, "0 (off) or more"),
+    "top_p": (float, 1.0, "keep the fewest tokens whose probabilities reach p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    "min_p": (float, 0.05, "keep tokens at least this fraction as likely as the likeliest", lambda p: 0 <= p <= 1, "in 0..1"),
+    "repetition_penalty": (float, 1.0, "above 1: seen tokens become less likely", lambda r: 0 < r < float("inf"), "above 0"),
+    "seed": (int, 0, "same seed, same text", lambda seed: 0 <= seed < 1 << 63, "in 0..2^63 - 1"),
+}
+
+
+class Desk:
+    """Makes requests of text: knows the model, its tokenizer, its chat template, and the flags."""
+
+    def __init__(self, folder, model, tokenizer, args):
+        self.folder, self.model, self.tokenizer, self.args = folder, model, tokenizer, args
+        self.style, file = None, Path(folder) / "generation_config.json"
+        eos = read_json(file).get("eos_token_id") if file.exists() else None
+        self.stop_ids = {tokenizer.end, tokenizer.specials.get(ROLE_END), model.config.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+    def engine(self, positions):
+        """One whose cache holds so many positions, or as many as --cache_gb allows."""
+        c, weight = self.model.config, self.model.word_embeddings.weight
+        each = 2 * (c.num_hidden_layers + self.args.speculate) * c.num_key_value_heads * c.head_dim * weight.element_size()
+        return Engine(self.model, min(positions, int(self.args.cache_gb * 1e9) // each), self.args.batch, speculate=self.args.speculate)
+
+    def encode(self, text):
+        ids = self.tokenizer.encode(text) or ([self.tokenizer.end] if self.tokenizer.end is not None else None)
+        require(ids is not None, "this tokenizer has no <|endoftext|> to start from; give a text that is not empty")
+        return ids
+
+    def encode_chat(self, messages, tools=()):
+        self.style = self.style or chat_style(self.folder, self.model.config, self.tokenizer)
+        style, thinks = self.style
+        return self.tokenizer.encode_chat(render(messages, style, self.args.think if self.args.think is not None else thinks, tools))
+
+    def request(self, ids, given={}, where="--", name=None):
+        """A request to continue ids; `given` may set SETTINGS and "stop", where the flags do not hold. Raises BadInput."""
+        chosen = {key: given.get(key, getattr(self.args, key)) for key in SETTINGS}
+        for key, (kind, _, _, holds, words) in SETTINGS.items():
+            value = chosen[key]
+            require(isinstance(value, (int, kind)) and not isinstance(value, bool) and holds(value), f"{where}{key} {value} must be {words}")
+        stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", self.args.stop)
+        require(isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops), f"{where}stop must be texts that are not empty")
+        seed = str(chosen.pop("seed")) + ("" if name is None else f"/{name}")
+        return Request(ids, chosen.pop("tokens"), seed=seed, sampling=chosen, stop_ids=frozenset(self.stop_ids), bytes_of=self.tokenizer.bytes_of,
+                       stream=Stream(tuple(stops)))
+
+    def prompt_job(self, line, where, name):
+        """A line of --prompts -> [request], and what to report of it when it is finished."""
+        require(("prompt" in line) != ("messages" in line), f'{where}must have either "prompt" or "messages"')
+        require(isinstance(line.get("prompt", ""), str), f"{where}prompt must be a string")
+        ids = self.encode(line["prompt"]) if "prompt" in line else self.encode_chat(line["messages"], line.get("tools") or ())
+        request, n = self.request(ids, line, where, name), len(ids)
+        return [request], lambda: {"text": request.text, "tokens": len(request.ids) - n, "finish": request.finish}
+
+    def score_job(self, line, where, name):
+        """A line of --score -> its requests, and what to report: natural-log probabilities, summed over each text's tokens."""
+        texts = line.get("choices", [line.get("continuation", line.get("text"))])
+        context, limit, groups = line.get("context", ""), self.model.config.max_position_embeddings, []
+        require(isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts) and isinstance(context, str),
+                f'{where}must have "text", or "context" and "continuation", or "context" and a list "choices", none of them empty')
+        for text in texts:
+            blank = len(context) - len(context.rstrip())                                     # a blank belongs to the word after it
+            before, after = self.encode(context[:len(context) - blank]), context[len(context) - blank:] + text
+            ids = self.tokenizer.encode(context + text) if context.strip() else before + self.tokenizer.encode(after)
+            ids = ids if len(ids) > len(before) else before + self.tokenizer.encode(after)   # a token that swallows the boundary
+            # A text that outgrows the model is read in windows that share one token, a continuation must fit.
+            require("text" in line or len(ids) <= limit, f"{where}{len(ids)} tokens exceed max_position_embeddings={limit}; shorten the context")
+            groups.append([Request(ids[i:i + limit], score_from=len(before) if i == 0 else 1) for i in range(0, len(ids) - 1, limit - 1)])
+
+        def report():
+            rows = [{"logprob": sum(sum(request.logprobs) for request in group), "tokens": sum(len(request.logprobs) for request in group),
+                     "bytes": len(text.encode()), "greedy": all(request.greedy for request in group)} for group, text in zip(groups, texts)]
+            if "choices" not in line:
+                return rows[0] | {"bits_per_byte": -rows[0]["logprob"] / rows[0]["bytes"] / math.log(2)}
+            best = {key: max(range(len(rows)), key=lambda i: of(rows[i])) for key, of in
+                    (("best", lambda row: row["logprob"]), ("best_per_byte", lambda row: row["logprob"] / row["bytes"]))}
+            return {"choices": rows} | best | ({"correct": best["best"] == line["answer"]} if "answer" in line else {})
+        return [request for group in groups for request in group], report
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. What the command does: one text, a chat, or a file of requests
+
+def one_text(desk, prompt, show_routing):
+    ids = desk.encode(prompt)
+    request, n = desk.request(ids), len(ids)
+    engine = desk.engine(request.limit)
+    engine.batch, engine.chunk = 1, max(1, n - 1) if show_routing else engine.chunk          # the pass that draws a token is that token's alone
+    print(prompt, end="", flush=True)
+    start = time.perf_counter()
+    for _ in engine.serve([request]):
+        text, request.text = request.text, ""
+        if show_routing and text and len(load := desk.model.stack_loads(engine.routings)):
+            text = f"\033[48;5;{17 + int(load[-1].argmax()) * 29 % 214}m{text}\033[0m"       # 256-colour background
+        print(text, end="", flush=True)
+    seconds, new = time.perf_counter() - start, len(request.ids) - n
+    print(flush=True)
+    print(f"{new} tokens in {seconds:.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s ({desk.folder}, prompt of {n}){engine.guesses()}", file=sys.stderr)
+
+
+def chat(desk, tools):
+    """Turns on stdin, replies on stdout. What earlier turns left in the cache is not read again."""
+    try:
+        import readline                                          # noqa: F401  line editing in input(), where there is one
+    except ImportError:
+        pass
+    opening = [{"role": "system", "content": desk.args.system}] if desk.args.system else []
+    desk.encode_chat([*opening, {"role": "user", "content": ""}], tools)                     # a model that cannot chat says so now
+    limit, messages, shown = desk.model.config.max_position_embeddings, [*opening], sys.stdin.isatty()
+    engine = desk.engine(limit)
+    print("/reset forgets the conversation, /tool TEXT answers a tool call, /quit ends; Ctrl-C stops a reply", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if shown else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            line = "/quit"
+        if line == "/quit":
+            return 0
+        if line == "/reset":
+            messages = [*opening]
+        if not line or line == "/reset":
+            continue
+        role, text = ("tool", line.removeprefix("/tool ")) if line.startswith("/tool ") else ("user", line)
+        turn = [*messages, {"role": role, "content": text}]
+        try:
+            ids = desk.encode_chat(turn, tools)
+            require(len(ids) < limit, f"the conversation has {len(ids)} tokens, the model can read {limit - 1}; /reset starts a new one")
+            request, reply = desk.request(ids, {"tokens": min(desk.args.tokens, limit - len(ids))}), ""
+            request.stop_ids |= {desk.tokenizer.specials["<role>"]}                          # in v1 only the next role ends a turn
+            start, n, shared = time.perf_counter(), len(ids), engine.shared
+            with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine.serve([request])) as news:
+                for _ in news:
+                    text, request.text, reply = request.text, "", reply + request.text
+                    thinks = shown and "</think>" not in reply and "<think>" in reply
+                    print(f"\033[2m{text}\033[0m" if thinks and text else text, end="", flush=True)
+        except BadInput as error:
+            print(f"{error}", file=sys.stderr)
+            continue
+        print(flush=True)
+        new, seconds = len(request.ids) - n, time.perf_counter() - start
+        print(f"[{new} tokens, {new / max(seconds, 1e-9):.1f} tokens/s; read {n - engine.shared + shared} of {n}{engine.guesses()}]", file=sys.stderr)
+        messages = [*turn, {"role": "assistant", **split_calls(reply)}]
+
+
+def read_lines(path):
+    """Yields (line number, object) of a file of JSON lines."""
+    try:
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            if line.strip():
+                yield number, json.loads(line)
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist") from None
+    except ValueError as error:
+        raise BadInput(f"{path} line {number}: not JSON ({error})") from None
+
+
+def answer_file(desk, path, out, make):
+    """One line of JSON in `out` (None: stdout) for each line of `path`, as it is finished: "id", what `make` reports, whatever else the line
+    held, and a checksum of the request. Run again after whatever happened, only what is missing is done; at the end lines are in order."""
+    known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text"}
+    flags = [str(desk.folder.resolve())] + [getattr(desk.args, name) for name in (*SETTINGS, "stop", "think")]
+    answers, heads, jobs = answers_so_far(out), {}, []
+    for number, line in read_lines(path):
+        where = f"{path} line {number}: "
+        require(isinstance(line, dict), f"{where}must be a JSON object")
+        name = str(line.setdefault("id", number))
+        require(name not in heads, f"{where}id {name!r} is that of an earlier line; make it another")
+        mark = f"{zlib.crc32(json.dumps([flags, line], sort_keys=True).encode()):08x}"
+        heads[name] = {**{key: value for key, value in line.items() if key not in known}, "request": mark}
+        if name not in answers:
+            requests, report = make(line, where, name)
+            jobs.append((name, where, requests, report))
+        require(name not in answers or answers[name].get("request") == mark,
+                f"{out} has an answer to {name!r} from another prompt, model or setting; give another --out, or remove it")
+    owner = {request: job for job in jobs for request in job[2]}
+    engine = desk.engine(sum(request.limit for request in owner))
+    for request, (_, where, _, _) in owner.items():
+        engine.check(request, where)
+    there, start = len(heads) - len(jobs), time.perf_counter()
+    told, report_every, file = start, 5.0, None
+    for request in engine.serve(owner):
+        name, _, group, report = owner[request]
+        if request.finish and all(other.finish for other in group):
+            answers[name] = {**heads[name], **report()}
+            file = file or (open(out, "a") if out else sys.stdout)
+            print(json.dumps(answers[name], ensure_ascii=False), file=file, flush=True)
+        if time.perf_counter() > told + report_every:
+            told = time.perf_counter()
+            print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s", file=sys.stderr)
+    if out:
+        if file:
+            file.close()
+        write_beside(out, lambda f: f.writelines((json.dumps(answers[name], ensure_ascii=False) + "\n").encode() for name in heads))
+    seconds = time.perf_counter() - start
+    print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, {engine.drawn / seconds:,.1f} tokens/s; "
+          f"{engine.read} read, {engine.read / max(1, engine.passes):.1f} a pass, {engine.shared} shared{engine.guesses()}", file=sys.stderr)
+    if right := [answer["correct"] for answer in answers.values() if "correct" in answer]:
+        print(f"{sum(right)} of {len(right)} correct, {sum(right) / len(right):.1%}", file=sys.stderr)
+
+
+def answers_so_far(out):
+    """{id: answer} of an earlier run; a line that a kill cut short is removed."""
+    if out is None or not Path(out).exists():
+        return {}
+    raw = Path(out).read_bytes()
+    whole = raw[:raw.rfind(b"\n") + 1]
+    if whole != raw:
+        write_beside(out, lambda f: f.write(whole))
+    lines = [line for _, line in read_lines(out)]
+    require(all(isinstance(line, dict) and "id" in line for line in lines), f"{out} holds something else than answers; give another --out")
+    return {str(line["id"]): line for line in lines}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Command line
 
 def spellings(flag):
     """A flag as it is, and with hyphens for underscores."""
@@ -280,53 +875,48 @@ def model_and_tokenizer(folder, tokenizer=None, dtype=None, device=None):
 
 def main(argv=None):
     parser = Parser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = lambda flag, **kwargs: parser.add_argument(*spellings("--" + flag), **kwargs)
     parser.add_argument("model", nargs="?", help="folder of a run or of a released checkpoint; default: the newest run")
-    parser.add_argument("--prompt", help="text to continue; default: stdin if it is piped, else the beginning of a document")
-    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to generate")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument(*spellings("--top_k"), type=int, default=0, help="keep the k likeliest; 0: all")
-    parser.add_argument(*spellings("--top_p"), type=float, default=1.0, help="keep the fewest tokens whose probabilities reach p")
-    parser.add_argument(*spellings("--min_p"), type=float, default=0.05, help="keep tokens at least this fraction as likely as the likeliest")
-    parser.add_argument(*spellings("--repetition_penalty"), type=float, default=1.0, help="above 1: seen tokens become less likely")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    parser.add_argument("--tokenizer", help="needed only where the folder has none: bytes, a file, or a tiktoken name")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
-    parser.add_argument(*spellings("--show_routing"), action="store_true", help="colour each token by an expert that ran for it in the last MoE layer")
+    add("prompt", help="text to continue; default: stdin if it is piped, else the beginning of a document")
+    for name, (kind, default, words, _, _) in SETTINGS.items():
+        add(name, type=kind, default=default, help=f"{words} ({default})")
+    add("stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("chat", action="store_true", help="talk, with the chat template of the model")
+    add("system", help="with --chat: the system prompt")
+    add("tools", metavar="FILE", help="with --chat: a JSON list of functions the model may call")
+    add("think", action=argparse.BooleanOptionalAction, help="let the model think before it answers, or not; default: as its template says")
+    add("prompts", metavar="FILE", help='continue many: lines of {"prompt": ...} or {"messages": [...]}, with "id", "stop" or sampling of their own')
+    add("score", metavar="FILE", help='log-likelihoods: lines of {"text"}, {"context", "continuation"} or {"context", "choices", "answer"}')
+    add("out", metavar="FILE", help="with --prompts or --score: where the answers go, and what is there already is not done again; default: stdout")
+    add("batch", type=int, default=64, help="requests that share a pass (64)")
+    add("cache_gb", type=float, default=4.0, help="largest size of the buffer for keys and values, in GB (4)")
+    add("speculate", action="store_true", help="let the MTP block guess one token more a pass; what comes out is the same")
+    add("tokenizer", help="needed only where the folder has none: bytes, a file, or a tiktoken name")
+    add("dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    add("device", help="default: the accelerator if there is one, else cpu")
+    add("show_routing", action="store_true", help="colour each token by an expert that ran for it in the last MoE layer")
     args = parser.parse_args(argv)
-    for ok, what in ((args.tokens >= 1, f"--tokens {args.tokens} must be at least 1"),
-                     (0 <= args.temperature < float("inf"), f"--temperature {args.temperature} must be 0 or more"),
-                     (args.top_k >= 0, f"--top_k {args.top_k} must be 0 (off) or more"),
-                     (0 < args.top_p <= 1, f"--top_p {args.top_p} must be above 0 and at most 1"),
-                     (0 <= args.min_p <= 1, f"--min_p {args.min_p} must be in 0..1"),
-                     (0 <= args.seed < 1 << 63, f"--seed {args.seed} must be in 0..2^63 - 1"),
-                     (args.repetition_penalty > 0, f"--repetition_penalty {args.repetition_penalty} must be above 0"),
-                     (all(args.stop), "--stop must not be empty")):
-        if not ok:
-            raise BadInput(what)
+    modes = [name for name in ("prompt", "chat", "prompts", "score") if getattr(args, name) not in (None, False)]
+    require(len(modes) < 2, f"--{' and --'.join(modes)} exclude each other; give one")
+    for flag, with_ in (("system", "chat"), ("tools", "chat"), ("out", "prompts or --score")):
+        require(getattr(args, flag) is None or modes and modes[0] in with_, f"--{flag} goes with --{with_}")
+    require(args.batch >= 1 and args.cache_gb > 0, f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0")
+    require(not (args.speculate and (args.score or args.show_routing)), "--speculate goes with neither --score nor --show_routing")
+    tools = read_json(args.tools) if args.tools else []
+    require(isinstance(tools, list), f"{args.tools} must hold a JSON list of functions")
     folder = Path(args.model) if args.model else newest_run()
     device = pick_device(args.device)
     model, tokenizer = model_and_tokenizer(folder, args.tokenizer, getattr(torch, args.dtype) if args.dtype else None, device)
+    desk = Desk(folder, model, tokenizer, args)
+    desk.request([0])                                            # flags are checked before anything is read or printed
+    if args.chat:
+        return chat(desk, tools)
+    if args.prompts:
+        return answer_file(desk, args.prompts, args.out, desk.prompt_job)
+    if args.score:
+        return answer_file(desk, args.score, args.out, desk.score_job)
     prompt = args.prompt if args.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
-    ids = tokenizer.encode(prompt) or ([tokenizer.end] if tokenizer.end is not None else None)
-    if ids is None:
-        raise BadInput("this tokenizer has no <|endoftext|> to start from; give a --prompt")
-    stream, n = Stream(tuple(args.stop)), 0
-    print(prompt, end="", flush=True)
-    start = time.perf_counter()
-    stop_ids = {model.config.eos_token_id, tokenizer.end}
-    for token, load in generate(model, ids, args.tokens, args.seed, stop_ids, temperature=args.temperature, top_k=args.top_k,
-                                top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty):
-        text, n = stream.push(tokenizer.bytes_of(token)), n + 1
-        if args.show_routing and len(load) and text:
-            text = f"\033[48;5;{17 + int(load[-1].argmax()) * 29 % 214}m{text}\033[0m"       # 256-colour background
-        print(text, end="", flush=True)
-        if stream.stopped:
-            break
-    seconds = time.perf_counter() - start
-    print("" if stream.stopped else stream.push(b"", final=True), flush=True)
-    print(f"{n} tokens in {seconds:.2f} s, {n / max(seconds, 1e-9):.1f} tokens/s ({folder}, prompt of {len(ids)})", file=sys.stderr)
+    return one_text(desk, prompt, args.show_routing)
 
 
 if __name__ == "__main__":
