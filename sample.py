@@ -34,7 +34,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from kernels import attention
+from kernels import attention, pow2
 from ling import BadInput, KVCache, Ling, read_json, require, write_beside
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class Tokenizer:
 
     def __init__(self, encoding, nfc=False, file=None):
         self.encoding, self.nfc, self.size = encoding, nfc, encoding.n_vocab                 # size: largest id + 1
-        self.specials = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+        self.specials = {name: encoding.encode_single_token(name) for name in sorted(encoding.special_tokens_set)}
         self.end = self.specials.get(END)
         self.file = file                                                                     # (name, content) to keep beside weights
 
@@ -360,10 +360,11 @@ class Segments(KVCache):
     """Keys and values of requests of any lengths in one buffer of slots, after the segment cache of Flood [Ling1 section 5]: positions that
     lie in a row are read where they are. Requests that begin alike share slots, so a slot counts its users."""
 
-    def __init__(self, config, slots, layers):
-        super().__init__(config, 1, slots)
-        self.shape = (layers, *self.shape[1:])
-        self.users = np.zeros(slots, np.int32)
+    def __init__(self, config, slots, layers, device):
+        super().__init__(config, 1, slots + 1)
+        self.shape, self.device = (layers, *self.shape[1:]), device
+        self.users = np.zeros(slots, np.int32)                   # the last slot is nobody's: rows of padding write there
+        self.by_table = device.type != "cpu"
 
     def take(self, n, after):
         """n free slots, or None. First those that follow slot `after` (extend), else the smallest run that holds them (allocate), else
@@ -379,14 +380,23 @@ class Segments(KVCache):
 
     def plan(self, work):
         """The next pass writes positions start..end - 1 of each request, work [(request, start, end)], one after the other."""
-        self.spans, row, device = [], 0, self.device
-        for request, start, end in work:
-            slots = request.slots[:end]
-            runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)]
-            self.spans.append((row, row := row + end - start, runs))
-        join = lambda parts: torch.from_numpy(np.concatenate(parts)).to(device)
-        self.rows = join([request.slots[start:end] for request, start, end in work])         # (T,) slot of each token
-        self.at = join([np.arange(start, end) for _, start, end in work])                    # (T,) position of each token
+        rows = [request.slots[start:end] for request, start, end in work]                    # slot and
+        at = [np.arange(start, end) for _, start, end in work]                               # position of each token
+        self.spans, self.table, n = [], None, len(at[0])
+        if self.by_table and n <= 4 and all(len(each) == n for each in at):
+            # As many rows, and columns, as the next power of two: few shapes, each worth a graph.
+            nobody, more = self.shape[2] - 1, (pow2(len(work)) - len(work)) * n
+            table = np.full((pow2(len(work)), pow2(max(end for _, _, end in work))), nobody)
+            for row, (request, _, end) in zip(table, work):
+                row[:end] = request.slots[:end]
+            rows, at, self.table = [*rows, np.full(more, nobody)], [*at, np.zeros(more, np.int64)], torch.from_numpy(table).to(self.device)
+        else:
+            row = 0
+            for request, start, end in work:
+                slots = request.slots[:end]
+                runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)]
+                self.spans.append((row, row := row + end - start, runs))
+        self.rows, self.at = (torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in (rows, at))      # (T,) each
 
     def positions(self, S):
         return self.at
@@ -396,12 +406,18 @@ class Segments(KVCache):
 
     def attend(self, layer, q, k, v):                                                        # (1,T,H,d), (1,T,KV,d) -> (1,T,H,d)
         if self.keys is None:
-            self.keys, self.values = k.new_empty(self.shape), k.new_empty(self.shape)
+            self.keys, self.values = k.new_zeros(self.shape), k.new_zeros(self.shape)        # what is masked must not be NaN
         keys, values = self.keys[layer], self.values[layer]                                  # (1,slots,KV,d)
         keys.index_copy_(1, self.rows, k)
         values.index_copy_(1, self.rows, v)
-        join = lambda x, runs: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, i:j] for i, j in runs], dim=1)
-        return torch.cat([attention(q[:, i:j], join(keys, runs), join(values, runs)) for i, j, runs in self.spans], dim=1)
+        if self.table is None:
+            join = lambda x, runs: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, i:j] for i, j in runs], dim=1)
+            return torch.cat([attention(q[:, i:j], join(keys, runs), join(values, runs)) for i, j, runs in self.spans], dim=1)
+        # A few tokens of each of N requests: on an accelerator one call on copied keys is better than N calls.
+        (N, S), H, KV = self.table.shape, q.shape[2], k.shape[2]
+        seen = torch.arange(S, device=q.device) <= self.at.view(N, 1, -1, 1)                 # (N,1,n,S)
+        q, k, v = (x.transpose(1, 2) for x in (q.view(N, -1, H, q.shape[3]), keys[0, self.table], values[0, self.table]))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=H != KV).transpose(1, 2).reshape(1, -1, H, q.shape[3])
 
 
 class Engine:
@@ -416,15 +432,15 @@ class Engine:
         c = model.config
         require(not speculate or len(model.mtp), "this model has no MTP block to guess with (num_nextn_predict_layers is 0); leave --speculate out")
         self.model, self.batch, self.chunk, self.speculate = model, batch, max(chunk, 2 * batch), speculate
-        self.cache = Segments(c, slots, c.num_hidden_layers + speculate)
-        self.cache.device = self.device = model.word_embeddings.weight.device
+        self.device = model.word_embeddings.weight.device
+        self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
         self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
         self.routings = []
 
     def check(self, request, where=""):
         """Raises BadInput if a request could never run."""
-        limit, slots = self.model.config.max_position_embeddings, self.cache.shape[2]
+        limit, slots = self.model.config.max_position_embeddings, len(self.cache.users)
         require(request.limit <= limit, f"{where}{len(request.ids)} tokens of prompt and {request.tokens} new ones exceed max_position_embeddings={limit}; "
                 f"shorten the prompt or ask for at most {max(0, limit - len(request.ids))}")
         require(request.limit <= slots, f"{where}a request of up to {request.limit} tokens does not fit the {slots} positions of the cache; raise --cache_gb")
@@ -505,12 +521,16 @@ class Engine:
         while len(self.kept) > self.batch:
             self.release(self.kept.pop(0))
 
+    def row(self, numbers):
+        """As a row of the pass that is planned, padded to its length: (1,T)."""
+        return torch.tensor([numbers + [0] * (len(self.cache.rows) - len(numbers))], device=self.device)
+
     def step(self, work):
         """One pass over positions start..end - 1 of each request, and what follows from its logits."""
         model, cache = self.model, self.cache
         cache.plan(work)
         tokens = [token for request, start, end in work for token in (request.ids + request.guess)[start:end]]
-        x, self.routings = model.trunk(torch.tensor([tokens], device=self.device), cache)    # (1,T,D)
+        x, self.routings = model.trunk(self.row(tokens), cache)                              # (1,T,D)
         rows, wanted, row = [], [], 0                                                        # rows whose logits are needed
         for request, start, end in work:
             wanted.append(range(max(start, request.first), end))
@@ -558,7 +578,7 @@ class Engine:
             row += end - start
         if spans:
             self.cache.plan(spans)
-            h = self.model.draft(x[:, rows], torch.tensor([tokens], device=self.device), self.cache)
+            h = self.model.draft(x[:, self.row(rows)[0]], self.row(tokens), self.cache)
             ready = [(request, i) for (request, _, end), i in zip(spans, last) if end + 1 == len(request.ids) and request.limit - end > 2]
             if ready:
                 best = self.model.logits(h[:, [i for _, i in ready]], self.cache)[0].argmax(-1).tolist()     # SYNC

@@ -951,6 +951,49 @@ def test_released_tokenizer(tmp_path):
         sample.load_tokenizer(str(path))
 
 
+def varied_strings(n):
+    """Code, prose, CJK, emoji, decomposed accents, runs of blanks, digits, rubbish, and special tokens within all of it."""
+    draw = np.random.default_rng(0)
+    source = (HERE / "ling.py").read_text() + (HERE / "README.md").read_text()
+    alphabets = ["的一是不了人我在有他这中大来上国", "あいうえおカタカナ漢字", "가나다라마바사", "абвгдежз", "ñçüßøåéà", "e\u0301a\u0308o\u0302\u1112\u1161\u11ab\u0338",
+                 "😀🎉👩‍👩‍👧🏽🇫🇷\u200d\ufe0f", " \t\n\r\u3000\u00a0", "0123456789", "'sS'tT'LL\u017fd'", "!?.,;:(){}[]<>=+-*/", "ﬁ①½㌔豈"]
+    for _ in range(n):
+        parts = []
+        for _ in range(draw.integers(1, 6)):
+            kind, size = draw.integers(0, len(alphabets) + 6), draw.integers(1, 30)
+            if kind < len(alphabets):
+                parts.append("".join(draw.choice(list(alphabets[kind]), size)))
+            elif kind < len(alphabets) + 3:
+                parts.append(source[(start := draw.integers(0, len(source) - 200)):start + 4 * size])
+            elif kind < len(alphabets) + 4:
+                parts.append("".join(chr(c) for c in draw.integers(1, 0x2fff, size)))
+            elif kind < len(alphabets) + 5:
+                parts.append(str(draw.choice(["<|endoftext|>", "<role>", "</role>", "<|role_end|>", "<role", "|>"])))
+            else:
+                parts.append(str(draw.choice([" ", "\n", "a", "="])) * int(draw.integers(1, 120)))
+        yield "".join(parts)
+
+
+def test_agrees_with_the_tokenizers_library(tmp_path):
+    """Ids the official tokenizer would not have given: the pattern, NFC across a special token, merges in another order."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers to compare with it; test_released_tokenizer has a case by hand")
+    official = tokenizers.Tokenizer(tokenizers.models.BPE())
+    official.normalizer = tokenizers.normalizers.NFC()
+    official.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(sample.PATTERN), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=4000, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    official.train_from_iterator([(HERE / name).read_text() for name in ("ling.py", "README.md", "sample.py")] + [*varied_strings(500)], trainer)
+    official.add_special_tokens(["<|endoftext|>", "<role>", "</role>", "<|role_end|>"])
+    official.save(str(tmp_path / "tokenizer.json"))
+    ours = sample.load_tokenizer(str(tmp_path))
+    texts = [*varied_strings(3000)]
+    assert sum("<role>" in text for text in texts) > 50 and sum("\u0301" in text for text in texts) > 100
+    differ = [text for text in texts if ours.encode_chat([(text, True)]) != official.encode(text).ids]
+    assert not differ, (len(differ), differ[:3])
+    assert not any(set(ours.encode(text)) & set(ours.specials.values()) for text in texts)
+
+
 def test_stream_holds_back():
     """Half a character printed as rubbish; a stop string that slips through because it came in two tokens."""
     stream = sample.Stream()
@@ -1065,8 +1108,9 @@ def prompts_of(n, V=64, common=()):
 
 
 @pytest.mark.parametrize("fields", [LING1, LING2], ids=["ling1", "ling2"])
-@pytest.mark.parametrize("slots, batch, chunk, speculate", [(4000, 8, 512, False), (130, 8, 512, False), (4000, 5, 11, False), (150, 8, 16, True)])
-def test_a_request_knows_nothing_of_the_batch(fields, slots, batch, chunk, speculate):
+@pytest.mark.parametrize("slots, batch, chunk, speculate, by_table", [
+    (4000, 8, 512, False, False), (130, 8, 512, False, False), (4000, 5, 11, False, True), (150, 8, 16, True, False), (4000, 8, 512, True, True)])
+def test_a_request_knows_nothing_of_the_batch(fields, slots, batch, chunk, speculate, by_table):
     """A position, a slot, a draw or a cut of the prompt that depends on who else is served; one that waits for slots and is lost or goes on
     from the wrong token; a shared beginning that is shared one token too far."""
     if speculate and not fields.get("num_nextn_predict_layers"):
@@ -1075,7 +1119,7 @@ def test_a_request_knows_nothing_of_the_batch(fields, slots, batch, chunk, specu
     prompts, tokens = prompts_of(14, common=range(40))
     for sampling in (dict(temperature=0), dict(temperature=1.5, top_k=20, repetition_penalty=1.1)):
         engine = sample.Engine(model, slots, batch, chunk, speculate)
-        engine.AHEAD = 4
+        engine.AHEAD, engine.cache.by_table = 4, by_table                                    # as on an accelerator
         together = texts_of(engine, prompts, tokens, **sampling)
         for i, (prompt, n, ids) in enumerate(zip(prompts, tokens, together)):
             alone = [token for token, _ in sample.generate(model, prompt, n, seed=f"0/{i}", **sampling)]
@@ -1088,7 +1132,7 @@ def test_a_request_knows_nothing_of_the_batch(fields, slots, batch, chunk, specu
 
 def test_slots_by_hand():
     """An extension that jumps though the next slots are free, a fragment left out, a slot given to two."""
-    cache = sample.Segments(LingConfig(**TINY), 12, 1)
+    cache = sample.Segments(LingConfig(**TINY), 12, 1, torch.device("cpu"))
     a, b, c = (cache.take(3, -2).tolist() for _ in range(3))
     assert (a, b, c) == ([0, 1, 2], [3, 4, 5], [6, 7, 8])
     cache.users[b] -= 1
@@ -1098,7 +1142,6 @@ def test_slots_by_hand():
     cache.users[[9, 10]] -= 1
     assert cache.take(7, c[-1]).tolist() == [9, 10, 0, 1, 2, 3, 4] and cache.take(2, -2) is None
     request = sample.Request([1, 2, 3], 1, slots=np.array([9, 10, 0, 1]))
-    cache.device = "cpu"
     cache.plan([(request, 1, 3)])
     assert cache.rows.tolist() == [10, 0] and cache.at.tolist() == [1, 2] and cache.spans == [(0, 2, [(9, 11), (0, 1)])]
 
