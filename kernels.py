@@ -174,7 +174,7 @@ def linear(x, weight, bias=None):
 
 def matvec(weight, x):
     """weight (N,K), x (K,) -> (N,)."""
-    return torch.linalg.vecdot(weight, x) if weight.numel() <= 1 << 20 else torch.mv(weight, x)
+    return torch.linalg.vecdot(weight, x) if 1 << 15 <= weight.numel() <= 1 << 20 else torch.mv(weight, x)
 
 
 @linear.fused(when=lambda x, weight, bias=None: x.numel() == x.shape[-1] and infers(x) and weight.dtype == x.dtype)
@@ -631,12 +631,18 @@ def _experts_without_rows(x, weights, chosen, gate_up, down, shared=None):
     return x + (weights.sum() + gate_up[0, 0, 0] + down[0, 0, 0]).to(x.dtype)
 
 
-@experts.fused(when=lambda x, weights, chosen, gate_up, down, shared=None: len(x) == 1 and infers(x) and down.dtype == x.dtype)
-def _experts_one_token(x, weights, chosen, gate_up, down, shared=None):
-    """Generation, batch 1: k matrix-vector products each way, which read the chosen experts' weights and nothing else."""
-    chosen = chosen[0].tolist()
-    h = swiglu(torch.stack([matvec(gate_up[e], x[0]) for e in chosen])).mul_(weights.T)                            # (k,F)
-    return sum((matvec(down[e], h_) for e, h_ in zip(chosen, h.unbind())), 0 if shared is None else shared[0]).unsqueeze(0)
+def few_rows(x, weights, chosen, gate_up, down, shared=None):
+    """In generation: too few rows of an expert for a matmul to be worth its set-up."""
+    return chosen.numel() <= 8 and infers(x) and down.dtype == x.dtype
+
+
+@experts.fused(when=few_rows)
+def _experts_by_row(x, weights, chosen, gate_up, down, shared=None):
+    """A matrix-vector product each way for every chosen expert of every token: they read the chosen experts' weights and nothing else."""
+    (T, k), rows = chosen.shape, chosen.flatten().tolist()
+    h = swiglu(torch.stack([matvec(gate_up[e], x[i // k]) for i, e in enumerate(rows)])).mul_(weights.view(-1, 1))     # (T*k,F)
+    y = torch.stack([matvec(down[e], h_) for e, h_ in zip(rows, h.unbind())]).view(T, k, -1).sum(1)
+    return y if shared is None else y.add_(shared)
 
 
 def by_grouped_mm(x, weights, chosen, gate_up, down, shared=None):

@@ -320,11 +320,25 @@ class Request:
     logprobs: list = field(default_factory=list)                 # of ids[score_from:], natural logarithms
     greedy: bool = True                                          # whether each of those was the likeliest
     guess: list = field(default_factory=list)                    # the MTP block's next token, not in ids yet
-    done: int = 0                                                # so many of ids have their keys and values in the buffer,
-    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))                 # position -> slot; the last ones still empty
+    done: int = 0                                                # so many of ids have their keys and values in the buffer
 
     def __post_init__(self):
         self.limit = len(self.ids) + self.tokens                 # positions it may come to need
+        self.hold(np.zeros(0, np.int64))
+
+    def hold(self, slots):
+        """slots (n,) int64: where positions 0..n - 1 lie or will lie, and the same as ranges."""
+        cuts = np.flatnonzero(np.diff(slots) != 1) + 1
+        self.slots, self.ranges = slots, [(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, cuts) if len(run)]
+
+    def ranges_to(self, end):
+        """The ranges that positions 0..end - 1 lie in."""
+        found = []
+        for a, b in self.ranges:
+            found.append((a, min(b, a + end)))
+            end -= b - a
+            if end <= 0:
+                return found
 
     @property
     def target(self):
@@ -338,10 +352,11 @@ class Request:
 
     def draw(self, logits, best):
         """logits (V,) after ids, `best` their argmax -> the next id."""
-        greedy = self.sampling.get("temperature", 1) == 0 and self.sampling.get("repetition_penalty", 1.0) == 1.0
-        seen = torch.tensor(self.ids, device=logits.device) if self.sampling.get("repetition_penalty", 1.0) != 1.0 else None
-        uniform = random.Random(f"{self.seed}/{len(self.ids)}").random()
-        return best if greedy else next_token(logits, seen, uniform, **self.sampling)
+        penalty = self.sampling.get("repetition_penalty", 1.0)
+        if self.sampling.get("temperature") == 0 and penalty == 1.0:
+            return best
+        seen = torch.tensor(self.ids, device=logits.device) if penalty != 1.0 else None
+        return next_token(logits, seen, random.Random(f"{self.seed}/{len(self.ids)}").random(), **self.sampling)
 
     def push(self, token):
         """Take the next token; sets finish."""
@@ -393,9 +408,7 @@ class Segments(KVCache):
         else:
             row = 0
             for request, start, end in work:
-                slots = request.slots[:end]
-                runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1)]
-                self.spans.append((row, row := row + end - start, runs))
+                self.spans.append((row, row := row + end - start, request.ranges_to(end)))
         self.rows, self.at = (torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in (rows, at))      # (T,) each
 
     def positions(self, S):
@@ -451,7 +464,7 @@ class Engine:
         while True:
             for count in (min(n + self.AHEAD, request.limit - len(request.slots)), n):
                 if (slots := self.cache.take(count, after)) is not None:
-                    request.slots = np.concatenate([request.slots, slots])
+                    request.hold(np.concatenate([request.slots, slots]))
                     return True
             if not self.kept:
                 return False
@@ -459,7 +472,8 @@ class Engine:
 
     def release(self, request):
         self.cache.users[request.slots] -= 1
-        request.slots, request.done, request.guess = request.slots[:0], 0, []
+        request.hold(request.slots[:0])
+        request.done, request.guess = 0, []
 
     def admit(self, request, running):
         """Give a request slots for its prompt, the first ones shared with the request that begins most alike. -> whether it may run now."""
@@ -472,7 +486,7 @@ class Engine:
                 best, n = max((best, n), (other, min(common, other.done)), key=lambda pair: pair[1])
         if best is not None:
             request.done = n - self.speculate                    # the last one's MTP key joins the token after it, which may differ
-            request.slots = best.slots[:request.done].copy()
+            request.hold(best.slots[:request.done].copy())
             self.cache.users[request.slots] += 1
             self.shared += request.done
         if self.room(request, request.target - request.done):

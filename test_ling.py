@@ -1141,7 +1141,8 @@ def test_slots_by_hand():
     cache.users[a] -= 1
     cache.users[[9, 10]] -= 1
     assert cache.take(7, c[-1]).tolist() == [9, 10, 0, 1, 2, 3, 4] and cache.take(2, -2) is None
-    request = sample.Request([1, 2, 3], 1, slots=np.array([9, 10, 0, 1]))
+    request = sample.Request([1, 2, 3], 1)
+    request.hold(np.array([9, 10, 0, 1]))
     cache.plan([(request, 1, 3)])
     assert cache.rows.tolist() == [10, 0] and cache.at.tolist() == [1, 2] and cache.spans == [(0, 2, [(9, 11), (0, 1)])]
 
