@@ -449,7 +449,7 @@ class Engine:
         self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
         self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
-        self.routings = []
+        self.routings, self.graphs = [], {}
 
     def check(self, request, where=""):
         """Raises BadInput if a request could never run."""
@@ -539,12 +539,34 @@ class Engine:
         """As a row of the pass that is planned, padded to its length: (1,T)."""
         return torch.tensor([numbers + [0] * (len(self.cache.rows) - len(numbers))], device=self.device)
 
+    def trunk(self, tokens):
+        """Ling.trunk over the planned pass. On CUDA, a pass by table is one graph for each of its few shapes: hundreds of launches take
+        longer than what they launch. (Not yet run on a GPU.)"""
+        cache, inputs = self.cache, (tokens, self.cache.rows, self.cache.at, self.cache.table)
+        if cache.table is None or self.device.type != "cuda":
+            return self.model.trunk(tokens, cache)
+        if (shape := (tokens.shape, cache.table.shape)) not in self.graphs:
+            still, stream, graph = [t.clone() for t in inputs], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            cache.rows, cache.at, cache.table = still[1:]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):                      # what is made on first use is made here; keys are written twice, the same
+                self.model.trunk(still[0], cache)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                out = self.model.trunk(still[0], cache)
+            self.graphs[shape] = graph, still, out
+        graph, still, out = self.graphs[shape]
+        for mine, new in zip(still, inputs):
+            mine.copy_(new)
+        graph.replay()
+        return out
+
     def step(self, work):
         """One pass over positions start..end - 1 of each request, and what follows from its logits."""
         model, cache = self.model, self.cache
         cache.plan(work)
         tokens = [token for request, start, end in work for token in (request.ids + request.guess)[start:end]]
-        x, self.routings = model.trunk(self.row(tokens), cache)                              # (1,T,D)
+        x, self.routings = self.trunk(self.row(tokens))                                      # (1,T,D)
         rows, wanted, row = [], [], 0                                                        # rows whose logits are needed
         for request, start, end in work:
             wanted.append(range(max(start, request.first), end))

@@ -2220,6 +2220,21 @@ def gpu_bench(tiny=False):
         for name, aim in (("captured", goal), ("eager", "")):
             yield f"Ling-mini-2.0 decoding, {batch} x {context}, {name}: tokens/s", aim, 1e3 * batch / ms[name], floor / ms[name]
 
+    def serving(batch):
+        model, prompt, new = random_model(mini, device, dtype).eval(), 8 if tiny else 256, 4 if tiny else 128
+        prompts, texts = torch.randint(0, V, (batch, prompt)).tolist(), {}
+        for name in ("captured", "eager"):
+            engine = sample.Engine(model, batch * (prompt + new), batch)
+            if name == "eager":
+                engine.trunk = lambda tokens: model.trunk(tokens, engine.cache)
+            for _ in range(2):                                   # the second time graphs and kernels are made
+                requests, start = [sample.Request([*ids], new, sampling={"temperature": 0}) for ids in prompts], time.perf_counter()
+                for _ in engine.serve(requests):
+                    pass
+            texts[name] = [request.ids for request in requests]
+            yield f"sample.py, {batch} prompts of {prompt}, {name}: tokens/s", "", batch * new / (time.perf_counter() - start), None
+        yield "  texts that captured and eager agree on", ">= 1", np.mean([a == b for a, b in zip(*texts.values())]), None
+
     goals = [((8192, D, E, k, width), 0.0, [">= 1.8", ">= 1.2", ">= 280", "", "", ">= 20", "<= 0.22"]),
              ((8192, D, E, k, width), 0.5, [""] * 7),
              ((32768, D, E, k, width), 0.0, [">= 1.6", ">= 1.05", ">= 380", "", ">= 0.60", "", "<= 0.22"]),
@@ -2229,7 +2244,8 @@ def gpu_bench(tiny=False):
         parts.append((f"experts {shape}, skew {skew}", moe(*shape, skew, goal)))
     parts += [("guarantees", guarantees()), ("loss", loss()), ("small ops", small_ops()), ("training", training())]
     for batch, tokens, times in ((1, ">= 900", ">= 1.5"), (8, "", ">= 2.2"), (32, ">= 3000", ">= 3"))[:1 if tiny else 3]:
-        parts += [(f"decoding experts, {batch}", decoding_experts(batch, times)), (f"decoding, {batch}", decoding(batch, tokens))]
+        parts += [(f"decoding experts, {batch}", decoding_experts(batch, times)), (f"decoding, {batch}", decoding(batch, tokens)),
+                  (f"serving, {batch}", serving(batch))]
 
     versions = [f"{name} {importlib.import_module(name).__version__}" for name in ("torch", "triton", "transformers")
                 if importlib.util.find_spec(name)]
