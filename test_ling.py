@@ -1970,7 +1970,7 @@ def bench(only=None):
             optimizer.zero_grad()
         return run
 
-    @torch.no_grad()
+    @torch.inference_mode()                                      # for all of them: it helps all of them
     def decode(model, batch, steps=40):
         prompt = rows[:batch, :128]
         if isinstance(model, Ling):
