@@ -512,10 +512,9 @@ class Engine:
                         work.append((request, request.done, end))
                         left = max(0, left - (end - request.done))
                 if not work:                                     # all wait for slots: the youngest gives its own back and starts again later
-                    crowded, youngest = True, running.pop()
-                    self.release(youngest)
-                    youngest.logprobs, youngest.greedy = [], True
-                    waiting.appendleft(youngest)
+                    crowded = True                               # (never one that is scored: it has had slots for all its text from the start)
+                    waiting.appendleft(running.pop())
+                    self.release(waiting[0])
                     continue
                 yield from self.step(work)
                 finished = [request for request in running if request.finish]

@@ -1016,6 +1016,8 @@ def test_sampling_filters_by_hand():
     model = Ling(LingConfig(**TINY))
     draw = lambda seed: [token for token, _ in sample.generate(model, [1], 20, seed=seed)]
     assert draw(3) == draw(3) != draw(4)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert len(set(draw(3))) > 10                                # each position draws anew
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1095,11 +1097,12 @@ def test_users_cannot_speak_for_the_template(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Many requests at once
 
-def texts_of(engine, prompts, tokens, **sampling):
+def serve(engine, prompts, tokens, **sampling):
+    """Requests for prompts, served; tokens 0: to be scored."""
     requests = [sample.Request([*prompt], n, seed=f"0/{i}", sampling=sampling) for i, (prompt, n) in enumerate(zip(prompts, tokens))]
     for _ in engine.serve(requests):
         pass
-    return [request.ids for request in requests]
+    return requests
 
 
 def prompts_of(n, V=64, common=()):
@@ -1107,24 +1110,43 @@ def prompts_of(n, V=64, common=()):
     return [[*common, *draw.integers(0, V, draw.integers(1, 40)).tolist()] for _ in range(n)], draw.integers(1, 50, n).tolist()
 
 
-@pytest.mark.parametrize("fields", [LING1, LING2], ids=["ling1", "ling2"])
+SAMPLINGS = dict(temperature=0), dict(temperature=1.5, top_k=20, repetition_penalty=1.1)
+PROMPTS, TOKENS = prompts_of(14, common=range(40))
+PROMPTS[9], TOKENS[3], TOKENS[8], TOKENS[13] = PROMPTS[8], 0, 0, 0                           # twice the same; and three to be scored
+
+
+@functools.cache
+def served_alone(generation):
+    model = Ling(LingConfig(**{"ling1": LING1, "ling2": LING2}[generation])).eval()
+    texts = [[[token for token, _ in sample.generate(model, prompt, n, seed=f"0/{i}", **sampling)] for i, (prompt, n) in enumerate(zip(PROMPTS, TOKENS))]
+             for sampling in SAMPLINGS]
+    with torch.no_grad():
+        tables = [model(torch.tensor([prompt])).logits[0].log_softmax(-1) for prompt in PROMPTS]
+    return model, texts, [table[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).flatten().tolist() for table, prompt in zip(tables, PROMPTS)]
+
+
+@pytest.mark.parametrize("generation", ["ling1", "ling2"])
 @pytest.mark.parametrize("slots, batch, chunk, speculate, by_table", [
     (4000, 8, 512, False, False), (130, 8, 512, False, False), (4000, 5, 11, False, True), (150, 8, 16, True, False), (4000, 8, 512, True, True)])
-def test_a_request_knows_nothing_of_the_batch(fields, slots, batch, chunk, speculate, by_table):
+def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, speculate, by_table):
     """A position, a slot, a draw or a cut of the prompt that depends on who else is served; one that waits for slots and is lost or goes on
-    from the wrong token; a shared beginning that is shared one token too far."""
-    if speculate and not fields.get("num_nextn_predict_layers"):
+    from the wrong token; a shared beginning that is shared one token too far, or not at all."""
+    model, texts, scores = served_alone(generation)
+    if speculate and not model.mtp:
         pytest.skip("no MTP block")
-    model = Ling(LingConfig(**fields)).eval()
-    prompts, tokens = prompts_of(14, common=range(40))
-    for sampling in (dict(temperature=0), dict(temperature=1.5, top_k=20, repetition_penalty=1.1)):
+    for sampling, alone in zip(SAMPLINGS, texts):
         engine = sample.Engine(model, slots, batch, chunk, speculate)
         engine.AHEAD, engine.cache.by_table = 4, by_table                                    # as on an accelerator
-        together = texts_of(engine, prompts, tokens, **sampling)
-        for i, (prompt, n, ids) in enumerate(zip(prompts, tokens, together)):
-            alone = [token for token, _ in sample.generate(model, prompt, n, seed=f"0/{i}", **sampling)]
-            assert ids == prompt + alone, i
-        assert engine.shared > 40 * 2 and (slots > 200 or engine.read > engine.drawn + sum(map(len, prompts)) - engine.shared)
+        for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **sampling)):
+            if TOKENS[i]:
+                assert request.ids == PROMPTS[i] + alone[i], i
+            else:
+                assert request.ids == PROMPTS[i] and request.logprobs == pytest.approx(scores[i], abs=1e-5), i
+        if slots > 200 and chunk > 40:                           # all but the first, and those whose first tokens are to be scored, share 40
+            assert engine.shared >= 10 * (40 - speculate)
+        assert slots > 200 or engine.read > engine.drawn + sum(map(len, PROMPTS)) - engine.shared       # someone had to start again
+        leaves = engine.serve([sample.Request([*PROMPTS[0]], 40), sample.Request([*PROMPTS[1]], 40)])
+        next(leaves), leaves.close()                             # Ctrl-C
         for request in engine.kept:
             engine.release(request)
         assert not engine.cache.users.any()                      # every slot given back
@@ -1157,8 +1179,19 @@ def test_speculation_changes_nothing_but_the_time():
     prompts, tokens = prompts_of(12)
     for sampling in (dict(temperature=0), dict(temperature=0.7)):
         plain, fast = sample.Engine(model, 2000), sample.Engine(model, 2000, speculate=True)
-        assert texts_of(plain, prompts, tokens, **sampling) == texts_of(fast, prompts, tokens, **sampling)
+        texts = [request.ids for request in serve(plain, prompts, tokens, **sampling)]
+        assert texts == [request.ids for request in serve(fast, prompts, tokens, **sampling)]
         assert 0 < fast.accepted < fast.guessed and fast.passes < plain.passes
+        assert fast.read == sum(map(len, prompts)) + fast.drawn - 12 + fast.guessed - fast.accepted          # nothing runs twice
+        # A beginning that is shared, with its MTP keys, is as good as one that was read: the same guesses are right.
+        longer = [text[:-8] + [1, 2, 3] for text in texts if len(text) > 48]
+        fresh = sample.Engine(model, 2000, speculate=True)
+        fresh.ALIKE, fast.accepted, fast.guessed = 1 << 30, 0, 0
+        for mine, theirs in zip(serve(fast, longer, [9] * 12, **sampling), serve(fresh, longer, [9] * 12, **sampling)):
+            assert mine.ids == theirs.ids and mine.done == theirs.done
+            keys = [engine.cache.keys[:, 0, request.slots[:request.done]] for engine, request in ((fast, mine), (fresh, theirs))]
+            torch.testing.assert_close(*keys, atol=1e-5, rtol=0)
+        assert (fast.accepted, fast.guessed) == (fresh.accepted, fresh.guessed) and fast.shared > 40 and not fresh.shared
     with pytest.raises(BadInput, match="no MTP block"):
         sample.Engine(Ling(LingConfig(**LING1)), 100, speculate=True)
 
@@ -1225,11 +1258,12 @@ def test_many_prompts_survive_kills(weights):
 
 def test_scores(weights):
     """A token scored by the wrong position's logits, twice or not at all; a blank that moves to the context; the best choice by name only."""
+    alike = "alike for long " * 5
     write_lines(weights / "in.jsonl", [
-        {"text": "plain text " * 40}, {"context": "a b ", "continuation": "c d"}, {"context": "a b", "choices": [" c", " dd", " eee"], "answer": 1, "id": "q"}])
+        {"context": "k" * 50, "choices": [alike + "a", alike + "b"], "id": "z"}, {"text": "plain text " * 40}, {"context": "a b ", "continuation": "c d"}, {"context": "a b", "choices": [" c", " dd", " eee"], "answer": 1, "id": "q"}])
     code, out, err = cli(sample, "m", "--score", "in.jsonl")
     assert code == 0 and "of 1 correct" in err, err
-    text, pair, choice = sorted((json.loads(line) for line in out.splitlines()), key=lambda row: str(row["id"]))
+    text, pair, choice, long = sorted((json.loads(line) for line in out.splitlines()), key=lambda row: str(row["id"]))
     model, tokenizer = sample.model_and_tokenizer("m")
 
     def logprobs(context, text):
@@ -1241,6 +1275,7 @@ def test_scores(weights):
     assert pair["tokens"] == 4 and pair["logprob"] == pytest.approx(sum(logprobs("a b", " c d")), abs=1e-4)      # the blank is scored
     for row, text_ in zip(choice["choices"], (" c", " dd", " eee")):
         assert row["tokens"] == row["bytes"] == len(text_) and row["logprob"] == pytest.approx(sum(logprobs("a b", text_)), abs=1e-4)
+    assert [row["logprob"] for row in long["choices"]] == [pytest.approx(sum(logprobs("k" * 50, alike + end)), abs=1e-3) for end in "ab"]
     rows = [row["logprob"] for row in choice["choices"]]
     assert choice["best"] == int(np.argmax(rows)) and choice["correct"] == (choice["best"] == 1) and choice["id"] == "q"
     assert choice["best_per_byte"] == int(np.argmax([row / n for row, n in zip(rows, (2, 3, 4))]))
