@@ -600,7 +600,8 @@ class Ling(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding(V, D) would draw numbers to be replaced, and on the meta device load torch._dynamo for them: a second.
+        self.word_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
