@@ -184,9 +184,11 @@ class LingConfig:
         missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
                                    "num_experts_per_tok", "moe_intermediate_size") if d.get(key) is None]
         require(not missing, f"config.json has no {', '.join(missing)}: not the configuration of a Ling model")
-        for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True),
-                          ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
-            require(d.get(key) in (None, want), f"{key}={d.get(key)!r} in config.json: in every Ling it is {want!r}, and nothing else is implemented")
+        quantized = d["quantization_config"] if isinstance(d.get("quantization_config"), dict) else {}
+        for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True), ("quant_method", "fp8"),
+                          ("weight_block_size", [BLOCK, BLOCK]), ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
+            require((found := quantized.get(key, d.get(key))) in (None, want), f"{key}={found!r} in config.json: only {want!r}, as in Ling's "
+                    "releases, is implemented; take one of these")
         # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
         architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
@@ -217,7 +219,7 @@ LING1, LING2 = "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"        # the o
 IGNORED = set("""architectures model_type moe_shared_expert_intermediate_size auto_map hidden_act torch_dtype dtype transformers_version use_cache norm_softmax use_rmsnorm
     attention_dropout embedding_dropout output_dropout hidden_dropout pretraining_tp output_router_logits output_attentions router_dtype
     output_hidden_states max_window_layers use_sliding_window sliding_window bos_token_id return_dict router_type
-    _name_or_path attn_implementation""".split())
+    _name_or_path attn_implementation quantization_config""".split())
 
 _LING1 = dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, norm_head=True, router_aux_loss_coef=0.015,
               router_z_loss_coef=1e-4, router_warmup_steps=2000, moe_router_enable_expert_bias=False)
@@ -704,15 +706,16 @@ class Ling(nn.Module):
     def from_pretrained(cls, path, dtype=None, device=None, progress=None):
         """A model from a folder with config.json and *.safetensors (a release, or save_pretrained's), or from a run of train.py.
 
-        dtype None keeps what is stored (a run: fp32). expert_bias stays fp32: in bf16 its updates of 1e-3 would vanish.
-        progress(done, total), in bytes, is called after each tensor of a release.
+        dtype None keeps what is stored (a run: fp32; FP8, which is scaled in fp32: config.json's torch_dtype, or bf16). expert_bias stays
+        fp32: in bf16 its updates of 1e-3 would vanish. progress(done, total), in bytes, is called after each tensor of a release.
         Raises BadInput when a tensor is missing, unexpected, or of the wrong shape or dtype, or a file is damaged."""
         with torch.device("meta"):
             model = cls(read_config(path))
-        source = open_weights(path, model)
+        source, named = open_weights(path, model), f"torch.{read_json(Path(path) / 'config.json').get('torch_dtype')}"
+        unscaled = next((kept for kept in FLOATS if str(kept) == named), torch.bfloat16)
         for own, rows in itertools.groupby(released_table(model), key=lambda row: row[1]):
             stored = [source[name].dtype for names, *_ in rows for name in names if name in source] if isinstance(source, dict) else []
-            kept = functools.reduce(torch.promote_types, stored or [torch.float32])
+            kept = functools.reduce(torch.promote_types, [unscaled if kept == FP8 else kept for kept in stored] or [torch.float32])
             kept = torch.float32 if own.endswith("expert_bias") else dtype or kept
             module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
             new = torch.empty(getattr(module, leaf).shape, dtype=kept, device=device)
@@ -866,8 +869,12 @@ def check_table(path, model, tensors):
             if (tensor := tensors.get(name)) is not None:
                 want = [first // len(names), *rest]
                 require(list(tensor.shape) == want, f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {want}")
-                require(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16),
-                        f"{path}: {name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 weights can be read")
+                require(tensor.dtype in FLOATS or tensor.dtype == FP8 and rest, f"{path}: {name} is stored as {tensor.dtype}; only float32, "
+                        "bfloat16 and float16 weights can be read, and float8_e4m3fn matrices")
+                scale, blocks = tensor.scale, [-(-n // BLOCK) for n in want]
+                require(tensor.dtype != FP8 or scale and scale.dtype in FLOATS and scale.shape == blocks,
+                        f"{path}: {name}_scale_inv {f'is {scale.dtype} {scale.shape}' if scale else 'is missing'}, but {name} is FP8 and needs "
+                        f"one of {blocks}, float32 or bfloat16; get the files again, or the bf16 release")
     return tensors
 
 
@@ -930,30 +937,39 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
           "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATS, FP8, BLOCK = (torch.float32, torch.bfloat16, torch.float16), torch.float8_e4m3fn, 128    # BLOCK x BLOCK weights share a scale
+E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(FP8).float()    # what each byte means: torch's own conversion is 4 times slower
 READERS, STAGING = 4, 1 << 20       # threads that load (from a disk twice as fast as one), and how many bytes each converts at a time
 
 
 class Stored(NamedTuple):
-    """A tensor in a safetensors file, not read yet."""
+    """A tensor in a safetensors file, not read yet. scale: of an FP8 one, (rows / BLOCK, columns / BLOCK), rounded up."""
     path: Path
     start: int                  # byte of the file
     dtype: torch.dtype
     shape: list
+    scale: "Stored" = None
 
     @torch.inference_mode()     # a thread has no mode but its own
     def read(self, target, first=0, others=()):
         """Fill target, of any dtype and device, with the rows from `first` on and the slices `others` of further dimensions -> bytes read.
         Straight into its memory if that holds what is stored. (A memory map is slower, and its pages count as held.)"""
         alike = (target.device.type, target.dtype, [*target.shape[1:]]) == ("cpu", self.dtype, self.shape[1:])
-        straight = alike and target.is_contiguous()
+        straight = alike and self.scale is None and target.is_contiguous()
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         pieces = [target] if straight else target.split(max(1, STAGING // row))
         room = target if straight else torch.empty(len(pieces[0]), *self.shape[1:], dtype=self.dtype, device="cpu")
+        if self.scale:
+            self.scale.read(scale := torch.empty(self.scale.shape, dtype=torch.float32, device="cpu"))
         with open(self.path, "rb") as f:
             f.seek(self.start + first * row)
             for piece in pieces:
                 values = room[:len(piece)]
                 require(f.readinto(values.view(-1).view(torch.uint8).numpy()) == values.nbytes, f"{self.path} ends early: it is being changed")
+                if self.scale:
+                    rows = scale[torch.arange(first, first + len(piece), device="cpu") // BLOCK].repeat_interleave(BLOCK, dim=1)
+                    values = E4M3.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape).mul_(rows[:, :self.shape[1]])
+                    first += len(piece)
                 if not straight:
                     piece.copy_(values[(slice(None), *others)])
         return target.numel() * self.dtype.itemsize
@@ -965,7 +981,7 @@ def open_weights(folder, model):
 
 
 def open_safetensors(folder):
-    """All tensors of a folder's *.safetensors as {name: Stored}. Nothing but the headers is read."""
+    """All tensors of a folder's *.safetensors as {name: Stored}, the scales of FP8 ones with them. Nothing but the headers is read."""
     index, tensors = Path(folder) / "model.safetensors.index.json", {}
     if index.exists():
         weight_map = read_json(index)
@@ -982,7 +998,8 @@ def open_safetensors(folder):
         require(not twice, f"{file} repeats {twice[:1]}; remove the surplus *.safetensors or add the index")
         tensors |= own
     require(tensors, f"{folder} has no weights: neither *.safetensors nor an intact checkpoint of a run")
-    return tensors
+    scale_of = {name: f"{name}_scale_inv" for name, tensor in tensors.items() if tensor.dtype == FP8}
+    return {name: tensors[name]._replace(scale=tensors.get(scale_of.get(name))) for name in tensors.keys() - scale_of.values()}
 
 
 def open_safetensors_file(path):

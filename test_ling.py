@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -67,9 +68,9 @@ def worst(a, b):
 
 
 def read_tensors(folder):
-    """Everything a folder's *.safetensors hold."""
+    """Everything a folder's *.safetensors hold, FP8 as fp32."""
     stored = ling.open_safetensors(Path(folder))
-    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
+    tensors = {name: torch.empty(entry.shape, dtype=torch.float32 if entry.scale else entry.dtype) for name, entry in stored.items()}
     for name, tensor in tensors.items():
         stored[name].read(tensor)
     return tensors
@@ -889,6 +890,87 @@ def test_weights_that_do_not_fit(tmp_path):
         Ling.from_pretrained(HERE)
     with pytest.raises(BadInput, match="not a folder"):
         Ling.from_pretrained(tmp_path / "nowhere")
+
+
+def quantise(weight, dtype=torch.float32):
+    """An FP8 release's form of a matrix: e4m3, and a scale for each block of 128 x 128, those at the edges being smaller."""
+    scale = torch.empty(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128), dtype=dtype)
+    small = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i, j in np.ndindex(*scale.shape):
+        block = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+        scale[i, j] = weight[block].abs().max() / 448
+        small[block] = (weight[block] / scale[i, j].float()).to(torch.float8_e4m3fn)
+    return small, scale
+
+
+def dequantise(small, scale):
+    whole = small.float()
+    for i, j in np.ndindex(*scale.shape):
+        whole[128 * i:128 * i + 128, 128 * j:128 * j + 128] *= scale[i, j].float()
+    return whole
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def fp8_release(folder):
+    """Writes one with edges in both directions, scales in fp32 and bf16 -> its tensors."""
+    Ling(LingConfig(**LING2 | dict(hidden_size=160, moe_intermediate_size=136, num_experts=4, n_group=1, topk_group=1))).save_pretrained(folder, dtype=torch.bfloat16)
+    tensors = {}
+    for i, (name, tensor) in enumerate(read_tensors(folder).items()):
+        tensors[name] = tensor
+        if "_proj" in name or "attention.dense" in name:
+            tensors[name], tensors[name + "_scale_inv"] = quantise(tensor.float(), (torch.float32, torch.bfloat16)[i % 2])
+    write_tensors(folder / "model.safetensors", tensors)
+    ling.write_json(folder / "config.json", ling.read_json(folder / "config.json") | {"quantization_config": FP8})
+    return tensors
+
+
+def test_fp8_release(tmp_path, monkeypatch):
+    """A scale of the neighbouring block, rows and columns swapped, an edge block cut off or padded, a product rounded before it is stored,
+    FP8 kept without its scales; quantization_config handed on to weights that are bf16."""
+    monkeypatch.setattr(ling, "STAGING", 3000)                                               # a tensor comes in many pieces, which begin within a block
+    tensors = fp8_release(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Ling.from_pretrained(tmp_path)
+        exact = Ling.from_pretrained(tmp_path, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "bf16")
+    exact.save_pretrained(tmp_path / "fp32")
+    config = ling.read_json(tmp_path / "bf16/config.json")
+    assert config["torch_dtype"] == "bfloat16" and "quantization_config" not in config
+    rounded, whole, scaled = read_tensors(tmp_path / "bf16"), read_tensors(tmp_path / "fp32"), 0
+    for name in whole:
+        want = tensors[name]
+        if f"{name}_scale_inv" in tensors:
+            want, scaled = dequantise(want, tensors[f"{name}_scale_inv"]), scaled + 1
+        assert torch.equal(whole[name], want.float()) and torch.equal(rounded[name], want.to(rounded[name].dtype)), name
+    assert scaled > 40 and "lm_head.weight_scale_inv" not in tensors
+    for named, kept in (("float16", torch.float16), (None, torch.bfloat16)):
+        ling.write_json(tmp_path / "config.json", ling.read_json(tmp_path / "config.json") | {"torch_dtype": named})
+        assert Ling.from_pretrained(tmp_path).layers[1].mlp.experts.down.dtype == kept
+
+
+def test_fp8_that_cannot_be_read(tmp_path):
+    """Weights without their scales, or with another format's, which load as noise; a scale nobody asked for passed over."""
+    good = fp8_release(tmp_path)
+    name, norm = "model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"
+    scale = f"{name}_scale_inv"
+    for change, words in (({scale: None}, f"{scale} is missing"), ({scale: torch.ones(1, 2)}, r"\[1, 2\].* needs one of \[2, 2\]"),
+                          ({scale: good[scale].to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn"),
+                          ({name: good[name].to(torch.float8_e5m2), scale: None}, "stored as torch.float8_e5m2"),
+                          ({name: good[name].bfloat16()}, f"unexpected tensor {scale}"), ({"lm_head.weight_scale_inv": torch.ones(1, 2)}, "unexpected tensor lm_head"),
+                          ({norm: good[norm].to(torch.float8_e4m3fn), f"{norm}_scale_inv": torch.ones(2)}, f"{norm} is stored as")):
+        write_tensors(tmp_path / "model.safetensors", {key: tensor for key, tensor in (good | change).items() if tensor is not None})
+        with pytest.raises(BadInput, match=words):
+            Ling.from_pretrained(tmp_path)
+    write_tensors(tmp_path / "model.safetensors", good)
+    config = ling.read_json(tmp_path / "config.json")
+    for change, words in (({"quant_method": "gptq"}, "quant_method='gptq'"), ({"quant_method": "compressed-tensors"}, "'compressed-tensors'.*only 'fp8'"),
+                          ({"weight_block_size": [64, 128]}, r"weight_block_size=\[64, 128\]")):
+        ling.write_json(tmp_path / "config.json", config | {"quantization_config": FP8 | change})
+        with pytest.raises(BadInput, match=words):
+            Ling.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
