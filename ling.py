@@ -49,12 +49,14 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -1087,6 +1089,19 @@ def file_crc(path):
         while block := f.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def verify_checksums(folder):
+    """Raises BadInput unless the *.safetensors of a folder are those that its SHA256SUMS lists, with their digests."""
+    sums = Path(folder) / "SHA256SUMS"
+    require(sums.exists(), f"{sums} does not exist; where the files are known to be good, make it: sha256sum *.safetensors > SHA256SUMS")
+    lines = re.findall(r"^(\w{64}) [ *](?:\./)?([^/\n]+\.safetensors)$", sums.read_text(errors="replace"), re.M)
+    listed = {name: digest.lower() for digest, name in lines}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as f:
+            found, want = hashlib.file_digest(f, "sha256").hexdigest(), listed.pop(path.name, "nothing of it")
+        require(found == want, f"{path} has SHA-256 {found}, SHA256SUMS says {want}; get the file again, or its list")
+    require(not listed, f"{folder} lacks {', '.join(listed)} of its SHA256SUMS; get what is missing")
 
 
 class TensorMetadataOnly(pickle.Unpickler):

@@ -5,6 +5,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -1030,6 +1031,29 @@ def test_progress_ends_at_its_total(tmp_path):
         assert steps[-1] == (sum(want.values()),) * 2 and len(steps) == len(want) and len({total for _, total in steps}) == 1
         assert sorted(b - a for (a, _), (b, _) in pairwise([(0, 0), *steps])) == sorted(want.values())
     assert {p.data_ptr() % 64 for p in model.parameters()} == {0}                            # as torch's own: some kernels need or like it
+
+
+def test_checksums(tmp_path):
+    """A download that was cut or altered and passes; a file that nobody vouched for; a list that only one tool's output fits."""
+    with pytest.raises(BadInput, match=r"make it: sha256sum \*.safetensors > SHA256SUMS"):
+        ling.verify_checksums(tmp_path)
+    content = {"a.safetensors": b"a" * 5_000_000, "b.safetensors": b"b" * 100, "c.safetensors": b""}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    for form in ("{}  {}\n", "{} *{}\n", "{}  ./{}\r\n"):
+        (tmp_path / "SHA256SUMS").write_bytes("".join(form.format(digest, name) for name, digest in digests.items()).encode() + b"0" * 64 + b"  README.md\n")
+        ling.verify_checksums(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(content["a.safetensors"][:-1] + b"b")
+    with pytest.raises(BadInput, match=rf"a.safetensors has SHA-256 (?!{digests['a.safetensors']})\w{{64}}, .* says {digests['a.safetensors']}"):
+        ling.verify_checksums(tmp_path)
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(BadInput, match="lacks a.safetensors"):
+        ling.verify_checksums(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(content["a.safetensors"])
+    (tmp_path / "d.safetensors").write_bytes(b"d")
+    with pytest.raises(BadInput, match="d.safetensors has SHA-256 .* says nothing of it"):
+        ling.verify_checksums(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
