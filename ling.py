@@ -49,14 +49,17 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -183,9 +186,11 @@ class LingConfig:
         missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
                                    "num_experts_per_tok", "moe_intermediate_size") if d.get(key) is None]
         require(not missing, f"config.json has no {', '.join(missing)}: not the configuration of a Ling model")
-        for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True),
-                          ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
-            require(d.get(key) in (None, want), f"{key}={d.get(key)!r} in config.json: in every Ling it is {want!r}, and nothing else is implemented")
+        quantized = d["quantization_config"] if isinstance(d.get("quantization_config"), dict) else {}
+        for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True), ("quant_method", "fp8"),
+                          ("weight_block_size", [BLOCK, BLOCK]), ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
+            require((found := quantized.get(key, d.get(key))) in (None, want), f"{key}={found!r} in config.json: only {want!r}, as in Ling's "
+                    "releases, is implemented; take one of these")
         # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
         architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
@@ -216,7 +221,7 @@ LING1, LING2 = "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"        # the o
 IGNORED = set("""architectures model_type moe_shared_expert_intermediate_size auto_map hidden_act torch_dtype dtype transformers_version use_cache norm_softmax use_rmsnorm
     attention_dropout embedding_dropout output_dropout hidden_dropout pretraining_tp output_router_logits output_attentions router_dtype
     output_hidden_states max_window_layers use_sliding_window sliding_window bos_token_id return_dict router_type
-    _name_or_path attn_implementation""".split())
+    _name_or_path attn_implementation quantization_config""".split())
 
 _LING1 = dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, norm_head=True, router_aux_loss_coef=0.015,
               router_z_loss_coef=1e-4, router_warmup_steps=2000, moe_router_enable_expert_bias=False)
@@ -608,7 +613,8 @@ class Ling(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding(V, D) would draw numbers to be replaced, and on the meta device load torch._dynamo for them: a second.
+        self.word_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -718,42 +724,53 @@ class Ling(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, path, dtype=None, device=None):
+    def from_pretrained(cls, path, dtype=None, device=None, progress=None):
         """A model from a folder with config.json and *.safetensors (a release, or save_pretrained's), or from a run of train.py.
 
-        dtype None keeps what is stored (a run: fp32). expert_bias stays fp32: in bf16 its updates of 1e-3 would vanish.
+        dtype None keeps what is stored (a run: fp32; FP8, which is scaled in fp32: config.json's torch_dtype, or bf16). expert_bias stays
+        fp32: in bf16 its updates of 1e-3 would vanish. progress(done, total), in bytes, is called after each tensor of a release.
         Raises BadInput when a tensor is missing, unexpected, or of the wrong shape or dtype, or a file is damaged."""
         with torch.device("meta"):
             model = cls(read_config(path))
-        source, widest = open_weights(path), {}                                              # our tensor -> widest dtype of its pieces
-        for names, own, _ in released_table(model):
-            stored = [source[name].dtype for name in names if name in source] if isinstance(source, dict) else []
-            for kept in stored or [torch.float32]:
-                kept = torch.float32 if own.endswith("expert_bias") else dtype or kept
-                widest[own] = torch.promote_types(widest.get(own, kept), kept)
-        for own, kept in widest.items():
+        source, named = open_weights(path, model), f"torch.{read_json(Path(path) / 'config.json').get('torch_dtype')}"
+        unscaled = next((kept for kept in FLOATS if str(kept) == named), torch.bfloat16)
+        for own, rows in itertools.groupby(released_table(model), key=lambda row: row[1]):
+            stored = [source[name].dtype for names, *_ in rows for name in names if name in source] if isinstance(source, dict) else []
+            kept = functools.reduce(torch.promote_types, [unscaled if kept == FP8 else kept for kept in stored] or [torch.float32])
+            kept = torch.float32 if own.endswith("expert_bias") else dtype or kept
             module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
             new = torch.empty(getattr(module, leaf).shape, dtype=kept, device=device)
+            if new.device.type == "cpu":    # numpy's memory has huge pages on Linux; in small ones, page faults took longer than reading
+                raw = np.empty(new.nbytes + 64, np.uint8)
+                new = torch.from_numpy(raw[-raw.ctypes.data % 64:][:new.nbytes]).view(kept).view(new.shape)   # aligned as torch does
             setattr(module, leaf, new if leaf == "expert_bias" else nn.Parameter(new))
         model.tie()
-        model.load_pretrained(path, source)
+        model.load_pretrained(path, source, progress)
         return model
 
     @torch.no_grad()
-    def load_pretrained(self, path, source=None):
+    def load_pretrained(self, path, source=None, progress=None):
         """Fill the weights from a folder of from_pretrained's kinds, whatever their dtype, device and layout: of a sharded model, each
-        rank reads what it holds. source: open_weights(path), if it is at hand. Raises BadInput as from_pretrained does."""
-        tensors, table = source or open_weights(path), list(released_table(self))
-        if not isinstance(tensors, dict):
-            return load_checkpoint(tensors, {"model": self.state_dict()})
-        check_table(path, self, tensors, table)
-        for own, rows in itertools.groupby(table, key=lambda row: row[1]):
+        rank reads what it holds. source: open_weights(path, self), if it is at hand. Raises BadInput as from_pretrained does."""
+        source, jobs = source or open_weights(path, self), []
+        if not isinstance(source, dict):
+            return load_checkpoint(source, {"model": self.state_dict()})
+        for own, rows in itertools.groupby(released_table(self), key=lambda row: row[1]):
             rows = {e: names for names, _, e in rows}
-            for e, matrix, part in local_matrices(self.own_tensor(own)):
-                if pieces := [tensors[name] for name in rows[e] if name in tensors]:         # gate over up, or one matrix
-                    matrix.copy_((torch.cat(pieces) if len(pieces) > 1 else pieces[0])[part])
-                else:
-                    matrix.zero_()                                                           # an expert_bias that is off
+            for e, matrix, (mine, *others) in local_matrices(self.own_tensor(own).detach()):
+                at = -mine.start                                                             # where the next one begins in ours, or began above it
+                for stored in map(source.get, rows[e]):                                      # gate over up, or one matrix
+                    if stored is None:
+                        matrix.zero_()                                                       # an expert_bias that is off
+                        break
+                    jobs.append((stored, matrix[max(at, 0):max(at + stored.shape[0], 0)], max(-at, 0), others))
+                    at += stored.shape[0]
+        jobs.sort(key=lambda job: job[0][:2])                                                # in the order of the files: disks like that
+        total = sum(target.numel() * stored.dtype.itemsize for stored, target, *_ in jobs)
+        with ThreadPoolExecutor(READERS) as pool:
+            for done in itertools.accumulate(pool.map(lambda job: Stored.read(*job), jobs)):
+                if progress:
+                    progress(done, total)
 
     def own_tensor(self, name):
         module, _, leaf = name.rpartition(".")
@@ -853,10 +870,11 @@ def released_table(model):
                 yield [f"{stem}.{part}.weight" if e is None else f"{stem}.{e}.{part}.weight" for part in parts], own, e
 
 
-def check_table(path, model, tensors, table):
+def check_table(path, model, tensors):
     """Names and shapes agree, or BadInput. Tolerated: MTP blocks the model does not want, rotary tables of old releases, a stored
     copy of a tied lm_head, and an absent expert_bias (zero) where the config says it is off."""
-    c, expected = model.config, {name for names, *_ in table for name in names}
+    c, table = model.config, list(released_table(model))
+    expected = {name for names, *_ in table for name in names}
     optional = {name for name in expected if name.endswith("expert_bias") and not c.moe_router_enable_expert_bias}
     is_extra = lambda name: (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and c.tie_word_embeddings) or
                              (name.startswith("model.layers.") and name.split(".")[2].isdigit() and not c.num_nextn_predict_layers
@@ -872,8 +890,13 @@ def check_table(path, model, tensors, table):
             if (tensor := tensors.get(name)) is not None:
                 want = [first // len(names), *rest]
                 require(list(tensor.shape) == want, f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {want}")
-                require(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16),
-                        f"{path}: {name} is stored as {tensor.dtype}; only float32, bfloat16 and float16 weights can be read")
+                require(tensor.dtype in FLOATS or tensor.dtype == FP8 and rest, f"{path}: {name} is stored as {tensor.dtype}; only float32, "
+                        "bfloat16 and float16 weights can be read, and float8_e4m3fn matrices")
+                scale, blocks = tensor.scale, [-(-n // BLOCK) for n in want]
+                require(tensor.dtype != FP8 or scale and scale.dtype in FLOATS and scale.shape == blocks,
+                        f"{path}: {name}_scale_inv {f'is {scale.dtype} {scale.shape}' if scale else 'is missing'}, but {name} is FP8 and needs "
+                        f"one of {blocks}, float32 or bfloat16; get the files again, or the bf16 release")
+    return tensors
 
 
 def whole_matrix(p, e):
@@ -935,36 +958,73 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
           "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATS, FP8, BLOCK = (torch.float32, torch.bfloat16, torch.float16), torch.float8_e4m3fn, 128    # BLOCK x BLOCK weights share a scale
+E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(FP8).float()    # what each byte means: torch's own conversion is 4 times slower
+READERS, STAGING = 4, 1 << 20       # threads that load (from a disk twice as fast as one), and how many bytes each converts at a time
 
 
-def open_weights(folder):
-    """The newest intact checkpoint of a run, as a path; of a release, {name: tensor}. Raises BadInput where there is neither."""
-    return find_checkpoint(folder) or read_safetensors(folder)
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, not read yet. scale: of an FP8 one, (rows / BLOCK, columns / BLOCK), rounded up."""
+    path: Path
+    start: int                  # byte of the file
+    dtype: torch.dtype
+    shape: list
+    scale: "Stored" = None
+
+    @torch.inference_mode()     # a thread has no mode but its own
+    def read(self, target, first=0, others=()):
+        """Fill target, of any dtype and device, with the rows from `first` on and the slices `others` of further dimensions -> bytes read.
+        Straight into its memory if that holds what is stored. (A memory map is slower, and its pages count as held.)"""
+        alike = (target.device.type, target.dtype, [*target.shape[1:]]) == ("cpu", self.dtype, self.shape[1:])
+        straight = alike and self.scale is None and target.is_contiguous()
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        pieces = [target] if straight else target.split(max(1, STAGING // row))
+        room = target if straight else torch.empty(len(pieces[0]), *self.shape[1:], dtype=self.dtype, device="cpu")
+        if self.scale:
+            self.scale.read(scale := torch.empty(self.scale.shape, dtype=torch.float32, device="cpu"))
+        with open(self.path, "rb") as f:
+            f.seek(self.start + first * row)
+            for piece in pieces:
+                values = room[:len(piece)]
+                require(f.readinto(values.view(-1).view(torch.uint8).numpy()) == values.nbytes, f"{self.path} ends early: it is being changed")
+                if self.scale:
+                    rows = scale[torch.arange(first, first + len(piece), device="cpu") // BLOCK].repeat_interleave(BLOCK, dim=1)
+                    values = E4M3.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape).mul_(rows[:, :self.shape[1]])
+                    first += len(piece)
+                if not straight:
+                    piece.copy_(values[(slice(None), *others)])
+        return target.numel() * self.dtype.itemsize
 
 
-def read_safetensors(folder):
-    """All tensors of a folder's *.safetensors as {name: tensor}, memory-mapped: pages are read when a tensor is copied."""
+def open_weights(folder, model):
+    """The newest intact checkpoint of a run, as a path; of a release, {name: Stored} as the model asks for. Raises BadInput."""
+    return find_checkpoint(folder) or check_table(folder, model, open_safetensors(folder))
+
+
+def open_safetensors(folder):
+    """All tensors of a folder's *.safetensors as {name: Stored}, the scales of FP8 ones with them. Nothing but the headers is read."""
     index, tensors = Path(folder) / "model.safetensors.index.json", {}
     if index.exists():
         weight_map = read_json(index)
         weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
         require(isinstance(weight_map, dict) and all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()),
                 f"{index}: weight_map must map tensor names to file names in the same folder")
-        files = {file: read_safetensors_file(index.with_name(file)) for file in sorted(set(weight_map.values()))}
+        files = {file: open_safetensors_file(index.with_name(file)) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             require(name in files[file], f"{index.with_name(file)} lacks {name}, which the index places there")
             tensors[name] = files[file][name]
     for file in [] if index.exists() else sorted(Path(folder).glob("*.safetensors")):
-        own = read_safetensors_file(file)
+        own = open_safetensors_file(file)
         twice = sorted(tensors.keys() & own.keys())
         require(not twice, f"{file} repeats {twice[:1]}; remove the surplus *.safetensors or add the index")
         tensors |= own
     require(tensors, f"{folder} has no weights: neither *.safetensors nor an intact checkpoint of a run")
-    return tensors
+    scale_of = {name: f"{name}_scale_inv" for name, tensor in tensors.items() if tensor.dtype == FP8}
+    return {name: tensors[name]._replace(scale=tensors.get(scale_of.get(name))) for name in tensors.keys() - scale_of.values()}
 
 
-def read_safetensors_file(path):
-    """One file as {name: tensor}. The format: u64 header length, JSON {name: {dtype, shape, data_offsets}}, raw bytes.
+def open_safetensors_file(path):
+    """One file as {name: Stored}. The format: u64 header length, JSON {name: {dtype, shape, data_offsets}}, raw bytes.
     Length, JSON and offsets are validated against the file's size before any byte of data is touched."""
     check = lambda ok, why: require(ok, f"{path} is damaged or not safetensors: {why}")
     require(path.is_file(), f"{path} is missing")
@@ -981,17 +1041,15 @@ def read_safetensors_file(path):
         entries.sort(key=lambda entry: entry[:2])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         check(False, f"its header does not parse ({type(error).__name__}: {error})")
-    data, tensors, position = np.memmap(path, mode="c")[8 + length:], {}, 0                  # "c": writes never reach the file
+    data, tensors, position = size - 8 - length, {}, 0                                       # bytes
     is_size = lambda n: type(n) is int and n >= 0
     for start, end, name, dtype, shape in entries:
         check(dtype in DTYPES, f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
         check(isinstance(shape, list) and all(map(is_size, [start, end, *shape])), f"{name} has shape {shape} at bytes {start}..{end}")
-        check(start == position and end - start == math.prod(shape) * DTYPES[dtype].itemsize and end <= len(data),
-              f"{name}, {dtype} {shape}, lies at bytes {start}..{end} of {len(data)}; expected to start at {position}")
-        piece, position = torch.from_numpy(data[start:end]), end
-        piece = piece if piece.data_ptr() % 8 == 0 else piece.clone()                        # a header may end at any byte
-        tensors[name] = piece.view(DTYPES[dtype]).reshape(shape)
-    check(position == len(data), f"{len(data) - position} bytes at its end belong to no tensor")
+        check(start == position and end - start == math.prod(shape) * DTYPES[dtype].itemsize and end <= data,
+              f"{name}, {dtype} {shape}, lies at bytes {start}..{end} of {data}; expected to start at {position}")
+        tensors[name], position = Stored(path, 8 + length + start, DTYPES[dtype], shape), end
+    check(position == data, f"{data - position} bytes at its end belong to no tensor")
     return tensors
 
 
@@ -1050,6 +1108,19 @@ def file_crc(path):
         while block := f.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def verify_checksums(folder):
+    """Raises BadInput unless the *.safetensors of a folder are those that its SHA256SUMS lists, with their digests."""
+    sums = Path(folder) / "SHA256SUMS"
+    require(sums.exists(), f"{sums} does not exist; where the files are known to be good, make it: sha256sum *.safetensors > SHA256SUMS")
+    lines = re.findall(r"^(\w{64}) [ *](?:\./)?([^/\n]+\.safetensors)$", sums.read_text(errors="replace"), re.M)
+    listed = {name: digest.lower() for digest, name in lines}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as f:
+            found, want = hashlib.file_digest(f, "sha256").hexdigest(), listed.pop(path.name, "nothing of it")
+        require(found == want, f"{path} has SHA-256 {found}, SHA256SUMS says {want}; get the file again, or its list")
+    require(not listed, f"{folder} lacks {', '.join(listed)} of its SHA256SUMS; get what is missing")
 
 
 class TensorMetadataOnly(pickle.Unpickler):

@@ -5,6 +5,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -21,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +66,19 @@ def tokens_and_targets(B=3, S=12, V=64, seed=0, ignored=True):
 
 def worst(a, b):
     return float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-12))
+
+
+def read_tensors(folder):
+    """Everything a folder's *.safetensors hold, FP8 as fp32."""
+    stored = ling.open_safetensors(Path(folder))
+    tensors = {name: torch.empty(entry.shape, dtype=torch.float32 if entry.scale else entry.dtype) for name, entry in stored.items()}
+    for name, tensor in tensors.items():
+        stored[name].read(tensor)
+    return tensors
+
+
+def write_tensors(path, tensors):
+    ling.write_safetensors(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, tensors.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,7 +125,7 @@ def test_equals_the_official_code(folder, tmp_path):
     for name, norm in zip(golden[prefix + "gradnorm_names"], golden[prefix + "gradnorm_values"]):
         assert math.isclose(float(grad(str(name)).norm()), float(norm), rel_tol=1e-5), name
     model.save_pretrained(tmp_path)
-    before, after = ling.read_safetensors(folder), ling.read_safetensors(tmp_path)
+    before, after = read_tensors(folder), read_tensors(tmp_path)
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
@@ -787,7 +802,7 @@ def test_tied_weights_stay_tied(folder):
     assert model.lm_head.weight is model.word_embeddings.weight
     model.save_pretrained("tied")
     again = Ling.from_pretrained("tied")
-    assert again.lm_head.weight is again.word_embeddings.weight and "lm_head.weight" not in ling.read_safetensors("tied")
+    assert again.lm_head.weight is again.word_embeddings.weight and "lm_head.weight" not in read_tensors("tied")
     with pytest.raises(BadInput, match="save elsewhere"):
         model.save_pretrained("runs/toy")
 
@@ -807,7 +822,7 @@ def test_weights_survive_a_round_trip(dtype, tmp_path):
     assert [path.name for path in sorted((tmp_path / "shards").glob("model*"))] == ["model.safetensors"]
     for (name, a), b, c in zip(loaded.state_dict().items(), again.state_dict().values(), model.state_dict().values(), strict=True):
         assert a.dtype == b.dtype == (torch.float32 if "bias" in name else dtype) and torch.equal(a, b) and torch.equal(a, c.to(a.dtype)), name
-    tensors = ling.read_safetensors(tmp_path / "fp32")
+    tensors = read_tensors(tmp_path / "fp32")
     expert = model.layers[1].mlp.experts
     assert torch.equal(tensors["model.layers.1.mlp.experts.3.up_proj.weight"], expert.gate_up[3, 16:])
     assert tensors["model.layers.3.eh_proj.weight"].shape == (32, 64)                        # MTP is stored as layer L
@@ -847,19 +862,18 @@ def test_hostile_safetensors(header, data, length, words, tmp_path):
     """Reading outside the file, allocating what a header claims, two tensors over the same bytes."""
     write_raw(tmp_path / "model.safetensors", header, data, length)
     with pytest.raises(BadInput, match=words):
-        ling.read_safetensors(tmp_path)
+        ling.open_safetensors(tmp_path)
 
 
 def test_weights_that_do_not_fit(tmp_path):
-    """A missing, surplus, misshapen or integer tensor that loads anyway; an index that points outside its folder."""
+    """A missing, surplus, misshapen or integer tensor that loads anyway; an index that points outside its folder; a file cut while it is read."""
     model = Ling(LingConfig(**TINY))
     model.save_pretrained(tmp_path)
-    good = ling.read_safetensors(tmp_path)
+    good = read_tensors(tmp_path)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     for tensors, words in (({k: v for k, v in good.items() if k != name}, f"no tensor {name}"), (good | {"x.y": torch.ones(1)}, "unexpected tensor x.y"),
                            (good | {name: torch.ones(3, 3)}, r"shape \[3, 3\]"), (good | {name: good[name].to(torch.int32)}, "stored as torch.int32")):
-        tensors = {k: v.clone() for k, v in tensors.items()}                                 # not of the file that is replaced
-        ling.write_safetensors(tmp_path / "model.safetensors", {k: (v.dtype, v.shape) for k, v in tensors.items()}, tensors.values())
+        write_tensors(tmp_path / "model.safetensors", tensors)
         with pytest.raises(BadInput, match=words):
             Ling.from_pretrained(tmp_path)
     for weight_map, words in (({"a": "../x.safetensors"}, "same folder"), ({"a": ""}, "same folder"), ([], "same folder"), ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
@@ -867,10 +881,179 @@ def test_weights_that_do_not_fit(tmp_path):
         ling.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
         with pytest.raises(BadInput, match=words):
             Ling.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    write_tensors(tmp_path / "model.safetensors", good)
+    source = ling.open_weights(tmp_path, model)
+    os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - 1)
+    with pytest.raises(BadInput, match="model.safetensors ends early"):
+        model.load_pretrained(tmp_path, source)
     with pytest.raises(BadInput, match="no config.json"):
         Ling.from_pretrained(HERE)
     with pytest.raises(BadInput, match="not a folder"):
         Ling.from_pretrained(tmp_path / "nowhere")
+
+
+def quantise(weight, dtype=torch.float32):
+    """An FP8 release's form of a matrix: e4m3, and a scale for each block of 128 x 128, those at the edges being smaller."""
+    scale = torch.empty(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128), dtype=dtype)
+    small = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i, j in np.ndindex(*scale.shape):
+        block = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+        scale[i, j] = weight[block].abs().max() / 448
+        small[block] = (weight[block] / scale[i, j].float()).to(torch.float8_e4m3fn)
+    return small, scale
+
+
+def dequantise(small, scale):
+    whole = small.float()
+    for i, j in np.ndindex(*scale.shape):
+        whole[128 * i:128 * i + 128, 128 * j:128 * j + 128] *= scale[i, j].float()
+    return whole
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def fp8_release(folder):
+    """Writes one with edges in both directions, scales in fp32 and bf16 -> its tensors."""
+    Ling(LingConfig(**LING2 | dict(hidden_size=160, moe_intermediate_size=136, num_experts=4, n_group=1, topk_group=1))).save_pretrained(folder, dtype=torch.bfloat16)
+    tensors = {}
+    for i, (name, tensor) in enumerate(read_tensors(folder).items()):
+        tensors[name] = tensor
+        if "_proj" in name or "attention.dense" in name:
+            tensors[name], tensors[name + "_scale_inv"] = quantise(tensor.float(), (torch.float32, torch.bfloat16)[i % 2])
+    write_tensors(folder / "model.safetensors", tensors)
+    ling.write_json(folder / "config.json", ling.read_json(folder / "config.json") | {"quantization_config": FP8})
+    return tensors
+
+
+def test_fp8_release(tmp_path, monkeypatch):
+    """A scale of the neighbouring block, rows and columns swapped, an edge block cut off or padded, a product rounded before it is stored,
+    FP8 kept without its scales; quantization_config handed on to weights that are bf16."""
+    monkeypatch.setattr(ling, "STAGING", 3000)                                               # a tensor comes in many pieces, which begin within a block
+    tensors = fp8_release(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Ling.from_pretrained(tmp_path)
+        exact = Ling.from_pretrained(tmp_path, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "bf16")
+    exact.save_pretrained(tmp_path / "fp32")
+    config = ling.read_json(tmp_path / "bf16/config.json")
+    assert config["torch_dtype"] == "bfloat16" and "quantization_config" not in config
+    rounded, whole, scaled = read_tensors(tmp_path / "bf16"), read_tensors(tmp_path / "fp32"), 0
+    for name in whole:
+        want = tensors[name]
+        if f"{name}_scale_inv" in tensors:
+            want, scaled = dequantise(want, tensors[f"{name}_scale_inv"]), scaled + 1
+        assert torch.equal(whole[name], want.float()) and torch.equal(rounded[name], want.to(rounded[name].dtype)), name
+    assert scaled > 40 and "lm_head.weight_scale_inv" not in tensors
+    for named, kept in (("float16", torch.float16), (None, torch.bfloat16)):
+        ling.write_json(tmp_path / "config.json", ling.read_json(tmp_path / "config.json") | {"torch_dtype": named})
+        assert Ling.from_pretrained(tmp_path).layers[1].mlp.experts.down.dtype == kept
+
+
+def test_fp8_that_cannot_be_read(tmp_path):
+    """Weights without their scales, or with another format's, which load as noise; a scale nobody asked for passed over."""
+    good = fp8_release(tmp_path)
+    name, norm = "model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"
+    scale = f"{name}_scale_inv"
+    for change, words in (({scale: None}, f"{scale} is missing"), ({scale: torch.ones(1, 2)}, r"\[1, 2\].* needs one of \[2, 2\]"),
+                          ({scale: good[scale].to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn"),
+                          ({name: good[name].to(torch.float8_e5m2), scale: None}, "stored as torch.float8_e5m2"),
+                          ({name: good[name].bfloat16()}, f"unexpected tensor {scale}"), ({"lm_head.weight_scale_inv": torch.ones(1, 2)}, "unexpected tensor lm_head"),
+                          ({norm: good[norm].to(torch.float8_e4m3fn), f"{norm}_scale_inv": torch.ones(2)}, f"{norm} is stored as")):
+        write_tensors(tmp_path / "model.safetensors", {key: tensor for key, tensor in (good | change).items() if tensor is not None})
+        with pytest.raises(BadInput, match=words):
+            Ling.from_pretrained(tmp_path)
+    write_tensors(tmp_path / "model.safetensors", good)
+    config = ling.read_json(tmp_path / "config.json")
+    for change, words in (({"quant_method": "gptq"}, "quant_method='gptq'"), ({"quant_method": "compressed-tensors"}, "'compressed-tensors'.*only 'fp8'"),
+                          ({"weight_block_size": [64, 128]}, r"weight_block_size=\[64, 128\]")):
+        ling.write_json(tmp_path / "config.json", config | {"quantization_config": FP8 | change})
+        with pytest.raises(BadInput, match=words):
+            Ling.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_rank_reads_its_part(dtype, tmp_path, monkeypatch):
+    """A sharded model that gets gate's rows for up's or a neighbour's part, or reads more than it holds."""
+    monkeypatch.setattr(ling, "STAGING", 100)
+    Ling(LingConfig(**LING2)).save_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.inference_mode():                                 # which the threads that read do not know of
+        whole = Ling.from_pretrained(tmp_path, dtype)
+    model, matrices, totals = Ling.from_pretrained(tmp_path, dtype), ling.local_matrices, []
+    cut = lambda n, i, of: slice(n * i // of, n * (i + 1) // of)
+    for i in range(6):                                           # thirds of the rows by halves of the columns; of a vector, sixths
+        part = lambda x: (cut(len(x), i // 2, 3), cut(x.shape[1], i % 2, 2)) if x.dim() == 2 else (cut(len(x), i, 6),)
+        monkeypatch.setattr(ling, "local_matrices", lambda p: ((e, x[part(x)], part(x)) for e, x, _ in matrices(p)))
+        [p.detach().fill_(torch.nan) for p in model.state_dict().values()]
+        model.load_pretrained(tmp_path, progress=lambda *step: totals.append(step))
+        for (name, p), want in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
+            for (_, x, _), (_, y, _) in zip(matrices(p), matrices(want)):
+                assert torch.equal(x[part(x)], y[part(x)]) and x.isfinite().sum() == y[part(x)].numel(), name
+    assert sum(total for done, total in totals if done == total) == sum(tensor.nbytes for tensor in read_tensors(tmp_path).values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_loading_holds_one_copy(tmp_path):
+    """A memory map of the files beside the model, or a tensor joined or converted whole beside its place: twice the memory."""
+    with torch.device("meta"):
+        model = Ling(LingConfig(vocab_size=131072, hidden_size=512, num_hidden_layers=1, num_experts=32, moe_intermediate_size=1024, tie_word_embeddings=True))
+    model.bfloat16().to_empty(device="cpu").tie()
+    model.save_pretrained(tmp_path)
+    code = f"""if True:
+        import re, sys
+        from pathlib import Path
+        sys.path.insert(0, {str(HERE)!r})
+        import torch
+        from ling import Ling
+        torch.set_num_threads(1)
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        before = peak()
+        for dtype in (None, torch.float16):
+            model = Ling.from_pretrained({str(tmp_path)!r}, dtype)
+            print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+            del model
+        """
+    straight, converted = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert 0.5 < straight < 1.15 and converted < 1.3, (straight, converted)                  # 240 MB; all threads together convert some 20 at a time
+
+
+def test_progress_ends_at_its_total(tmp_path):
+    """A bar that stops short or runs past its end, since MTP blocks that a chat model skips were counted, or read."""
+    Ling(LingConfig(**LING2)).save_pretrained(tmp_path)
+    sizes = {name: tensor.nbytes for name, tensor in read_tensors(tmp_path).items()}
+    chat = {name: size for name, size in sizes.items() if not name.startswith("model.layers.3.")}
+    for depth, want in ((1, sizes), (0, chat)):
+        ling.write_json(tmp_path / "config.json", ling.read_json(tmp_path / "config.json") | {"num_nextn_predict_layers": depth})
+        steps = []
+        model = Ling.from_pretrained(tmp_path, progress=lambda *step: steps.append(step))
+        assert steps[-1] == (sum(want.values()),) * 2 and len(steps) == len(want) and len({total for _, total in steps}) == 1
+        assert sorted(b - a for (a, _), (b, _) in pairwise([(0, 0), *steps])) == sorted(want.values())
+    assert {p.data_ptr() % 64 for p in model.parameters()} == {0}                            # as torch's own: some kernels need or like it
+
+
+def test_checksums(tmp_path):
+    """A download that was cut or altered and passes; a file that nobody vouched for; a list that only one tool's output fits."""
+    with pytest.raises(BadInput, match=r"make it: sha256sum \*.safetensors > SHA256SUMS"):
+        ling.verify_checksums(tmp_path)
+    content = {"a.safetensors": b"a" * 5_000_000, "b.safetensors": b"b" * 100, "c.safetensors": b""}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    for form in ("{}  {}\n", "{} *{}\n", "{}  ./{}\r\n"):
+        (tmp_path / "SHA256SUMS").write_bytes("".join(form.format(digest, name) for name, digest in digests.items()).encode() + b"0" * 64 + b"  README.md\n")
+        ling.verify_checksums(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(content["a.safetensors"][:-1] + b"b")
+    with pytest.raises(BadInput, match=rf"a.safetensors has SHA-256 (?!{digests['a.safetensors']})\w{{64}}, .* says {digests['a.safetensors']}"):
+        ling.verify_checksums(tmp_path)
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(BadInput, match="lacks a.safetensors"):
+        ling.verify_checksums(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(content["a.safetensors"])
+    (tmp_path / "d.safetensors").write_bytes(b"d")
+    with pytest.raises(BadInput, match="d.safetensors has SHA-256 .* says nothing of it"):
+        ling.verify_checksums(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1854,11 +2037,11 @@ def test_any_number_of_processes_continues(folder, monkeypatch):
         assert found.keys() == want.keys() == set(range(1, 7))
         assert all(math.isclose(found[step], want[step], rel_tol=2e-6) for step in want), (name, found, want)
     Ling.from_pretrained("runs/4-fsdp").save_pretrained("exported-alone")
-    one, other = ling.read_safetensors("exported"), ling.read_safetensors("exported-alone")
+    one, other = read_tensors("exported"), read_tensors("exported-alone")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert ling.read_json("exported/config.json") == ling.read_json("exported-alone/config.json")
     code, out, err = cli(train, "--out", "runs/4-fsdp", "--merge", "2", "--export", "merged-alone", "--steps", "6", "--replicate", "1", "--ep", "1")
-    one, other = ling.read_safetensors("merged"), ling.read_safetensors("merged-alone")
+    one, other = read_tensors("merged"), read_tensors("merged-alone")
     assert code == 0 and all(torch.allclose(one[key], other[key], atol=1e-7) for key in one), err
 
 
