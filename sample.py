@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import attention, pow2
-from ling import BadInput, KVCache, Ling, read_json, require, write_beside
+from ling import BadInput, KVCache, Ling, read_json, require, verify_checksums, write_beside
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Tokenizers. All are byte-level BPE, run by tiktoken: bytes -> rank, and the rank is the id.
@@ -918,9 +918,23 @@ def tokenizer_of(folder, given=None):
     return tokenizer
 
 
+class Progress:
+    """A line on a terminal's stderr while weights are read, rewritten twice a second; none for what takes no second."""
+
+    def __init__(self):
+        self.start = self.told = time.perf_counter()
+
+    def __call__(self, done, total):
+        now = time.perf_counter()
+        if sys.stderr.isatty() and (now > self.told + 0.5 or (done == total and self.told > self.start)):
+            self.told = now
+            print(f"\rloading {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / 1e9 / (now - self.start):.1f} GB/s", end="\n" * (done == total),
+                  file=sys.stderr, flush=True)
+
+
 def model_and_tokenizer(folder, tokenizer=None, dtype=None, device=None):
     """Load both and check that they belong together; the weights first. Raises BadInput."""
-    model = Ling.from_pretrained(folder, dtype=dtype, device=device).eval()
+    model = Ling.from_pretrained(folder, dtype=dtype, device=device, progress=Progress()).eval()
     tokenizer = tokenizer_of(folder, tokenizer)
     if tokenizer.size > model.config.vocab_size:
         raise BadInput(f"the tokenizer has {tokenizer.size} tokens, the model's vocabulary {model.config.vocab_size}; "
@@ -947,6 +961,7 @@ def main(argv=None):
     add("cache_gb", type=float, default=4.0, help="largest size of the buffer for keys and values, in GB (4)")
     add("speculate", action="store_true", help="let the MTP block guess one token more a pass; what comes out is the same")
     add("tokenizer", help="needed only where the folder has none: bytes, a file, or a tiktoken name")
+    add("checksums", action="store_true", help="first compare the weights' files with the SHA256SUMS beside them")
     add("dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     add("device", help="default: the accelerator if there is one, else cpu")
     add("show_routing", action="store_true", help="colour each token by an expert that ran for it in the last MoE layer")
@@ -961,6 +976,8 @@ def main(argv=None):
     require(isinstance(tools, list), f"{args.tools} must hold a JSON list of functions")
     folder = Path(args.model) if args.model else newest_run()
     device = pick_device(args.device)
+    if args.checksums:
+        verify_checksums(folder)
     model, tokenizer = model_and_tokenizer(folder, args.tokenizer, getattr(torch, args.dtype) if args.dtype else None, device)
     desk = Desk(folder, model, tokenizer, args)
     desk.request([0])                                            # flags are checked before anything is read or printed
