@@ -185,9 +185,11 @@ def render(messages, style, thinking=False, tools=()):
     """The prompt for the assistant's next turn. messages: dicts as in OpenAI's API, {"role": system, user, assistant or tool, "content"},
     an assistant's also with "tool_calls" and "reasoning_content". Raises BadInput."""
     require(isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages), "messages must be a list of objects, and not empty")
-    for role in (m.get("role") for m in messages):
-        require(role in ("system", "user", "assistant", "tool"), f"a message's role is {role!r}; known are system, user, assistant and tool")
-    require(all(isinstance(m.get("content") or "", str) for m in messages), "a message's content must be a string")
+    require(isinstance(tools, (list, tuple)), "tools must be a list of functions")
+    for m in messages:
+        require(m.get("role") in ("system", "user", "assistant", "tool"), f"a message's role is {m.get('role')!r}; known are system, user, assistant and tool")
+        require(all(isinstance(m.get(key) or "", str) for key in ("content", "reasoning_content")), "a message's content must be a string")
+        require(are_calls(m.get("tool_calls") or []), 'tool_calls must be a list of {"name": ..., "arguments": ...}, or of {"function": {...}}')
     return [*(render_v2 if style == "v2" else render_v1)(messages, thinking, tools), ("<role>ASSISTANT</role>", True)]
 
 
@@ -242,6 +244,11 @@ def render_v2(messages, thinking, tools):
         yield ROLE_END, True
 
 
+def are_calls(calls):
+    bodies = [call.get("function") or call if isinstance(call, dict) else None for call in calls] if isinstance(calls, list) else [None]
+    return all(isinstance(body, dict) and isinstance(body.get("name"), str) and "arguments" in body for body in bodies)
+
+
 def split_thought(message):
     """What an assistant's message thought, and what it said."""
     content = message.get("content") or ""
@@ -252,12 +259,13 @@ def split_thought(message):
 
 
 def split_calls(text):
-    """An assistant's text -> {"content", "tool_calls"} of its message; a call that is not JSON stays text."""
+    """An assistant's text -> {"content", "tool_calls"} of its message; what is not a call in JSON stays text."""
     content, *calls = re.split(r"\n?<tool_call>\n?", text)
     try:
-        return {"content": content, "tool_calls": [json.loads(call.partition("</tool_call>")[0]) for call in calls]}
+        calls = [json.loads(call.partition("</tool_call>")[0]) for call in calls]
     except ValueError:
-        return {"content": text}
+        calls = None
+    return {"content": content, "tool_calls": calls} if are_calls(calls) else {"content": text}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -789,13 +797,14 @@ def chat(desk, tools):
 
 def read_lines(path):
     """Yields (line number, object) of a file of JSON lines."""
+    number = 0
     try:
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):             # a text may hold what splitlines() takes for an end
             if line.strip():
                 yield number, json.loads(line)
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} line {number}: not JSON ({error})") from None
 
 
@@ -822,19 +831,17 @@ def answer_file(desk, path, out, make):
     for request, (_, where, _, _) in owner.items():
         engine.check(request, where)
     there, start = len(heads) - len(jobs), time.perf_counter()
-    told, report_every, file = start, 5.0, None
+    told, report_every, file = start, 5.0, open(out, "a", encoding="utf-8") if out else sys.stdout
     for request in engine.serve(owner):
         name, _, group, report = owner[request]
         if request.finish and all(other.finish for other in group):
             answers[name] = {**heads[name], **report()}
-            file = file or (open(out, "a") if out else sys.stdout)
             print(json.dumps(answers[name], ensure_ascii=False), file=file, flush=True)
         if time.perf_counter() > told + report_every:
             told = time.perf_counter()
             print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s", file=sys.stderr)
     if out:
-        if file:
-            file.close()
+        file.close()
         write_beside(out, lambda f: f.writelines((json.dumps(answers[name], ensure_ascii=False) + "\n").encode() for name in heads))
     seconds = time.perf_counter() - start
     print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, {engine.drawn / seconds:,.1f} tokens/s; "

@@ -1426,6 +1426,8 @@ def test_many_prompts_survive_kills(weights):
         if "prompt" in line and "seed" not in line:
             _, out, _ = cli(sample, "m", "--prompt", line["prompt"], "--tokens", str(line["tokens"]), "--temperature", "0")
             assert out == line["prompt"] + answer["text"] + "\n"
+    answers[5]["text"] += "\u2028\x85"                             # ends of a line to some, but not of an answer
+    Path("out.jsonl").write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
     before = Path("out.jsonl").read_bytes()
     assert cli(sample, *command)[0] == 0 and Path("out.jsonl").read_bytes() == before
     for argv, words in ((["--seed", "1"], "another prompt, model or setting"), (["--tokens", "0"], "tokens 0 must be at least 1")):
@@ -1433,7 +1435,9 @@ def test_many_prompts_survive_kills(weights):
         assert code == 2 and words in err and Path("out.jsonl").read_bytes() == before, err
     for bad, words in (({"prompt": 3}, "line 1: prompt must be a string"), ({}, '"prompt" or "messages"'), ({"prompt": "x", "tokens": 400}, "line 1: 1 tokens of prompt"),
                        ({"prompt": "x", "top_p": 0}, "line 1: top_p 0"), ({"prompt": "x", "stop": [""]}, "stop"), ([], "JSON object"),
-                       ({"messages": [{"role": "boss"}]}, "'boss'")):
+                       ({"messages": [{"role": "boss"}]}, "'boss'"), ({"messages": [{"role": "user", "content": ["x"]}]}, "must be a string"),
+                       ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
+                       ({"messages": [{"role": "user"}], "tools": "f"}, "tools must be a list"), ({"prompt": "x", "temperature": "1"}, "temperature 1 must")):
         write_lines(weights / "bad.jsonl", [bad])
         code, _, err = cli(sample, "m", "--prompts", "bad.jsonl", "--out", "new.jsonl")
         assert code == 2 and words in err and len(err.splitlines()) == 1 and not Path("new.jsonl").exists(), err
@@ -1500,7 +1504,8 @@ def test_a_chat(weights, monkeypatch, capsys):
     assert code == 0 and "/reset starts a new one" in err and [len(messages) for messages in prompts] == [1, 1] and len(re.findall(r"\[\d+ tokens", err)) == 1
     call = sample.split_calls('I look.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>')
     assert call == {"content": "I look.", "tool_calls": [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]}
-    assert sample.split_calls("a <tool_call> of sorts") == {"content": "a <tool_call> of sorts"}
+    for text in ("a <tool_call> of sorts", "<tool_call>\n3\n</tool_call>"):
+        assert sample.split_calls(text) == {"content": text}
     for flags, words in ((["--chat", "--prompt", "x"], "exclude"), (["--system", "x"], "goes with --chat"), (["--out", "x"], "goes with --prompts"),
                          (["--score", "x", "--speculate"], "--speculate"), (["--prompts", "none"], "none does not exist"), (["--chat", "--batch", "0"], "--batch 0")):
         code, _, err = cli(sample, "m", *flags)
