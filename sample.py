@@ -572,7 +572,7 @@ class Engine:
         """One pass over positions start..end - 1 of each request, and what follows from its logits."""
         model, cache = self.model, self.cache
         cache.plan(work)
-        tokens = [token for request, start, end in work for token in (request.ids + request.guess)[start:end]]
+        tokens = [token for request, start, end in work for token in request.ids[start:end] + request.guess[:max(0, end - len(request.ids))]]
         x, self.routings = self.trunk(self.row(tokens))                                      # (1,T,D)
         rows, wanted, row = [], [], 0                                                        # rows whose logits are needed
         for request, start, end in work:
@@ -667,7 +667,7 @@ class Desk:
         self.folder, self.model, self.tokenizer, self.args = folder, model, tokenizer, args
         self.style, file = None, Path(folder) / "generation_config.json"
         eos = read_json(file).get("eos_token_id") if file.exists() else None
-        self.stop_ids = {tokenizer.end, tokenizer.specials.get(ROLE_END), model.config.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.stop_ids = {tokenizer.end, *map(tokenizer.specials.get, (ROLE_END, "<role>")), model.config.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
     def engine(self, positions):
         """One whose cache holds so many positions, or as many as --cache_gb allows."""
@@ -711,11 +711,12 @@ class Desk:
         context, limit, groups = line.get("context", ""), self.model.config.max_position_embeddings, []
         require(isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts) and isinstance(context, str),
                 f'{where}must have "text", or "context" and "continuation", or "context" and a list "choices", none of them empty')
+        words = context.rstrip()                                                             # a blank belongs to the word after it
+        before = self.encode(words)
         for text in texts:
-            blank = len(context) - len(context.rstrip())                                     # a blank belongs to the word after it
-            before, after = self.encode(context[:len(context) - blank]), context[len(context) - blank:] + text
-            ids = self.tokenizer.encode(context + text) if context.strip() else before + self.tokenizer.encode(after)
-            ids = ids if len(ids) > len(before) else before + self.tokenizer.encode(after)   # a token that swallows the boundary
+            ids = self.tokenizer.encode(context + text)
+            if ids[:len(before)] != before or len(ids) == len(before):                       # no context, or a token across the boundary
+                ids = before + self.tokenizer.encode(context[len(words):] + text)
             # A text that outgrows the model is read in windows that share one token, a continuation must fit.
             require("text" in line or len(ids) <= limit, f"{where}{len(ids)} tokens exceed max_position_embeddings={limit}; shorten the context")
             groups.append([Request(ids[i:i + limit], score_from=len(before) if i == 0 else 1) for i in range(0, len(ids) - 1, limit - 1)])
@@ -779,7 +780,6 @@ def chat(desk, tools):
             ids = desk.encode_chat(turn, tools)
             require(len(ids) < limit, f"the conversation has {len(ids)} tokens, the model can read {limit - 1}; /reset starts a new one")
             request, reply = desk.request(ids, {"tokens": min(desk.args.tokens, limit - len(ids))}), ""
-            request.stop_ids |= {desk.tokenizer.specials["<role>"]}                          # in v1 only the next role ends a turn
             start, n, shared = time.perf_counter(), len(ids), engine.shared
             with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine.serve([request])) as news:
                 for _ in news:
@@ -827,11 +827,11 @@ def answer_file(desk, path, out, make):
         require(name not in answers or answers[name].get("request") == mark,
                 f"{out} has an answer to {name!r} from another prompt, model or setting; give another --out, or remove it")
     owner = {request: job for job in jobs for request in job[2]}
-    engine = desk.engine(sum(request.limit for request in owner))
+    engine = desk.engine(sum(sorted((request.limit for request in owner), reverse=True)[:2 * desk.args.batch]))
     for request, (_, where, _, _) in owner.items():
         engine.check(request, where)
     there, start = len(heads) - len(jobs), time.perf_counter()
-    told, report_every, file = start, 5.0, open(out, "a", encoding="utf-8") if out else sys.stdout
+    told, report_every, file = start, 5.0, open(out, "a", encoding="utf-8", errors="backslashreplace") if out else sys.stdout
     for request in engine.serve(owner):
         name, _, group, report = owner[request]
         if request.finish and all(other.finish for other in group):
@@ -842,7 +842,7 @@ def answer_file(desk, path, out, make):
             print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s", file=sys.stderr)
     if out:
         file.close()
-        write_beside(out, lambda f: f.writelines((json.dumps(answers[name], ensure_ascii=False) + "\n").encode() for name in heads))
+        write_beside(out, lambda f: f.writelines((json.dumps(answers[name], ensure_ascii=False) + "\n").encode(errors="backslashreplace") for name in heads))
     seconds = time.perf_counter() - start
     print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, {engine.drawn / seconds:,.1f} tokens/s; "
           f"{engine.read} read, {engine.read / max(1, engine.passes):.1f} a pass, {engine.shared} shared{engine.guesses()}", file=sys.stderr)
