@@ -281,7 +281,7 @@ def next_token(logits, seen, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p
         logits = logits.index_put((seen,), torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
     if temperature == 0:
         return int(logits.argmax())
-    logits = (logits - logits.max()) / temperature                                           # so that a tiny temperature cannot overflow
+    logits = (logits - logits.max()) / temperature                                           # below 0, so that a small temperature cannot overflow
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probs = logits.softmax(-1)
@@ -461,6 +461,7 @@ class Engine:
 
     def check(self, request, where=""):
         """Raises BadInput if a request could never run."""
+        require(request.ids and request.limit > 1, f"{where}a prompt needs a token, and a text to score two")
         limit, slots = self.model.config.max_position_embeddings, len(self.cache.users)
         require(request.limit <= limit, f"{where}{len(request.ids)} tokens of prompt and {request.tokens} new ones exceed max_position_embeddings={limit}; "
                 f"shorten the prompt or ask for at most {max(0, limit - len(request.ids))}")
@@ -487,7 +488,7 @@ class Engine:
         """Give a request slots for its prompt, the first ones shared with the request that begins most alike. -> whether it may run now."""
         best, n = None, self.ALIKE - 1 + self.speculate
         for other in running + self.kept:
-            if other.ids[:n] == request.ids[:n]:
+            if other.ids[:n + 1] == request.ids[:n + 1]:
                 common = len(os.path.commonprefix([other.ids, request.ids[:request.first]]))
                 if common > max(n, other.done + self.ALIKE) and other in running:
                     return False                                 # it is just being read: wait for it
@@ -496,8 +497,8 @@ class Engine:
             request.done = n - self.speculate                    # the last one's MTP key joins the token after it, which may differ
             request.hold(best.slots[:request.done].copy())
             self.cache.users[request.slots] += 1
-            self.shared += request.done
         if self.room(request, request.target - request.done):
+            self.shared += request.done
             return True
         self.release(request)
         return False
@@ -651,11 +652,11 @@ def text_of(model, tokenizer, prompt, tokens, **kwargs):
 
 SETTINGS = {                                                     # flags that a line of --prompts may also set for itself: type, default, help, limits
     "tokens": (int, 200, "how many tokens to generate", lambda n: n >= 1, "at least 1"),
-    "temperature": (float, 0.8, "0 takes the likeliest token", lambda t: 0 <= t < float("inf"), "0 or more"),
+    "temperature": (float, 0.8, "0 takes the likeliest token", lambda t: t == 0 or 1e-6 <= t <= 1e6, "0, or in 1e-6..1e6"),
     "top_k": (int, 0, "keep the k likeliest; 0: all", lambda k: k >= 0, "0 (off) or more"),
     "top_p": (float, 1.0, "keep the fewest tokens whose probabilities reach p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
     "min_p": (float, 0.05, "keep tokens at least this fraction as likely as the likeliest", lambda p: 0 <= p <= 1, "in 0..1"),
-    "repetition_penalty": (float, 1.0, "above 1: seen tokens become less likely", lambda r: 0 < r < float("inf"), "above 0"),
+    "repetition_penalty": (float, 1.0, "above 1: seen tokens become less likely", lambda r: 0.01 <= r <= 100, "in 0.01..100"),
     "seed": (int, 0, "same seed, same text", lambda seed: 0 <= seed < 1 << 63, "in 0..2^63 - 1"),
 }
 
@@ -711,6 +712,9 @@ class Desk:
         context, limit, groups = line.get("context", ""), self.model.config.max_position_embeddings, []
         require(isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts) and isinstance(context, str),
                 f'{where}must have "text", or "context" and "continuation", or "context" and a list "choices", none of them empty')
+        require("text" not in line or "context" not in line, f'{where}"text" is scored from its start; give "continuation" with a "context"')
+        answer = line.get("answer", 0)
+        require(type(answer) is int and 0 <= answer < len(texts), f"{where}answer {answer!r} must be the number of a choice, 0..{len(texts) - 1}")
         words = context.rstrip()                                                             # a blank belongs to the word after it
         before = self.encode(words)
         for text in texts:
@@ -723,7 +727,7 @@ class Desk:
 
         def report():
             rows = [{"logprob": sum(sum(request.logprobs) for request in group), "tokens": sum(len(request.logprobs) for request in group),
-                     "bytes": len(text.encode()), "greedy": all(request.greedy for request in group)} for group, text in zip(groups, texts)]
+                     "bytes": len((context[len(words):] + text).encode(errors="replace")), "greedy": all(request.greedy for request in group)} for group, text in zip(groups, texts)]
             if "choices" not in line:
                 return rows[0] | {"bits_per_byte": -rows[0]["logprob"] / rows[0]["bytes"] / math.log(2)}
             best = {key: max(range(len(rows)), key=lambda i: of(rows[i])) for key, of in
@@ -740,6 +744,7 @@ def one_text(desk, prompt, show_routing):
     request, n = desk.request(ids), len(ids)
     engine = desk.engine(request.limit)
     engine.batch, engine.chunk = 1, max(1, n - 1) if show_routing else engine.chunk          # the pass that draws a token is that token's alone
+    engine.check(request)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     for _ in engine.serve([request]):
@@ -795,11 +800,11 @@ def chat(desk, tools):
         messages = [*turn, {"role": "assistant", **split_calls(reply)}]
 
 
-def read_lines(path):
-    """Yields (line number, object) of a file of JSON lines."""
+def read_lines(path, lines=None):
+    """Yields (line number, object) of a file of JSON lines, or of `lines` of it in bytes."""
     number = 0
     try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):             # a text may hold what splitlines() takes for an end
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n") if lines is None else lines, 1):    # a text may hold what splitlines() takes for an end
             if line.strip():
                 yield number, json.loads(line)
     except FileNotFoundError:
@@ -812,7 +817,8 @@ def answer_file(desk, path, out, make):
     """One line of JSON in `out` (None: stdout) for each line of `path`, as it is finished: "id", what `make` reports, whatever else the line
     held, and a checksum of the request. Run again after whatever happened, only what is missing is done; at the end lines are in order."""
     known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text"}
-    flags = [str(desk.folder.resolve())] + [getattr(desk.args, name) for name in (*SETTINGS, "stop", "think")]
+    weights = [(str(file), file.stat().st_mtime_ns) for file in sorted(desk.folder.resolve().glob("*")) if file.suffix == ".safetensors" or file.name == "latest"]
+    flags = [weights, make.__name__] + [getattr(desk.args, name) for name in (*SETTINGS, "stop", "think", "dtype", "tokenizer")]
     answers, heads, jobs = answers_so_far(out), {}, []
     for number, line in read_lines(path):
         where = f"{path} line {number}: "
@@ -842,11 +848,11 @@ def answer_file(desk, path, out, make):
             print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s", file=sys.stderr)
     if out:
         file.close()
-        write_beside(out, lambda f: f.writelines((json.dumps(answers[name], ensure_ascii=False) + "\n").encode(errors="backslashreplace") for name in heads))
+        write_beside(os.path.realpath(out), lambda f: f.writelines((json.dumps(answers[name], ensure_ascii=False) + "\n").encode(errors="backslashreplace") for name in heads | answers))
     seconds = time.perf_counter() - start
     print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, {engine.drawn / seconds:,.1f} tokens/s; "
           f"{engine.read} read, {engine.read / max(1, engine.passes):.1f} a pass, {engine.shared} shared{engine.guesses()}", file=sys.stderr)
-    if right := [answer["correct"] for answer in answers.values() if "correct" in answer]:
+    if right := [answer["correct"] for answer in answers.values() if type(answer.get("correct")) is bool]:
         print(f"{sum(right)} of {len(right)} correct, {sum(right) / len(right):.1%}", file=sys.stderr)
 
 
@@ -854,12 +860,13 @@ def answers_so_far(out):
     """{id: answer} of an earlier run; a line that a kill cut short is removed."""
     if out is None or not Path(out).exists():
         return {}
-    raw = Path(out).read_bytes()
-    whole = raw[:raw.rfind(b"\n") + 1]
-    if whole != raw:
-        write_beside(out, lambda f: f.write(whole))
-    lines = [line for _, line in read_lines(out)]
-    require(all(isinstance(line, dict) and "id" in line for line in lines), f"{out} holds something else than answers; give another --out")
+    require(Path(out).is_file(), f"--out {out} is not a file; leave it out to write to stdout")
+    *whole, rest = Path(out).read_bytes().split(b"\n")
+    lines = [line for _, line in read_lines(out, whole)]
+    require((lines or not rest) and all(isinstance(line, dict) and {"id", "request"} <= line.keys() for line in lines),
+            f"{out} holds something else than answers; give another --out")
+    if rest:
+        os.truncate(out, os.path.getsize(out) - len(rest))
     return {str(line["id"]): line for line in lines}
 
 
@@ -975,9 +982,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     modes = [name for name in ("prompt", "chat", "prompts", "score") if getattr(args, name) not in (None, False)]
     require(len(modes) < 2, f"--{' and --'.join(modes)} exclude each other; give one")
-    for flag, with_ in (("system", "chat"), ("tools", "chat"), ("out", "prompts or --score")):
-        require(getattr(args, flag) is None or modes and modes[0] in with_, f"--{flag} goes with --{with_}")
-    require(args.batch >= 1 and args.cache_gb > 0, f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0")
+    for flag, with_ in (("system", ["chat"]), ("tools", ["chat"]), ("out", ["prompts", "score"])):
+        require(getattr(args, flag) is None or modes and modes[0] in with_, f"--{flag} goes with --{' or --'.join(with_)}")
+    require(args.batch >= 1 and 0 < args.cache_gb < math.inf, f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0")
     require(not (args.speculate and (args.score or args.show_routing)), "--speculate goes with neither --score nor --show_routing")
     tools = read_json(args.tools) if args.tools else []
     require(isinstance(tools, list), f"{args.tools} must hold a JSON list of functions")
@@ -990,9 +997,9 @@ def main(argv=None):
     desk.request([0])                                            # flags are checked before anything is read or printed
     if args.chat:
         return chat(desk, tools)
-    if args.prompts:
+    if args.prompts is not None:
         return answer_file(desk, args.prompts, args.out, desk.prompt_job)
-    if args.score:
+    if args.score is not None:
         return answer_file(desk, args.score, args.out, desk.score_job)
     prompt = args.prompt if args.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     return one_text(desk, prompt, args.show_routing)

@@ -1396,7 +1396,7 @@ def write_lines(path, lines):
 
 
 def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]
 
 
 def test_many_prompts_survive_kills(weights):
@@ -1433,6 +1433,11 @@ def test_many_prompts_survive_kills(weights):
     for argv, words in ((["--seed", "1"], "another prompt, model or setting"), (["--tokens", "0"], "tokens 0 must be at least 1")):
         code, _, err = cli(sample, *command, *argv)
         assert code == 2 and words in err and Path("out.jsonl").read_bytes() == before, err
+    Path("notes").write_text("precious")
+    assert cli(sample, "m", "--prompts", "in.jsonl", "--out", "notes")[0] == 2 and Path("notes").read_text() == "precious"
+    write_lines(weights / "more.jsonl", [{"id": "new", "prompt": "x", "tokens": 2}])
+    assert cli(sample, "m", "--prompts", "more.jsonl", "--temperature", "0", "--out", "out.jsonl")[0] == 0
+    assert [answer["id"] for answer in lines_of("out.jsonl")] == ["new", *(answer["id"] for answer in answers)]
     for bad, words in (({"prompt": 3}, "line 1: prompt must be a string"), ({}, '"prompt" or "messages"'), ({"prompt": "x", "tokens": 400}, "line 1: 1 tokens of prompt"),
                        ({"prompt": "x", "top_p": 0}, "line 1: top_p 0"), ({"prompt": "x", "stop": [""]}, "stop"), ([], "JSON object"),
                        ({"messages": [{"role": "boss"}]}, "'boss'"), ({"messages": [{"role": "user", "content": ["x"]}]}, "must be a string"),
@@ -1769,7 +1774,7 @@ def test_bad_resume_and_bad_sampling(folder):
         assert code == 2 and words in err and "--fresh" in err and len(err.splitlines()) == 1, err
     (folder / "runs/other").mkdir()
     (folder / "runs/other/tokenizer.tiktoken").write_bytes(sample.Tokenizer.from_ranks(train.learn_bpe(["abab"], 257)).file[1])
-    for flags, words in ((["--tokens", "0"], "at least 1"), (["--temperature", "-1"], "0 or more"), (["--top_p", "0"], "above 0"),
+    for flags, words in ((["--tokens", "0"], "at least 1"), (["--temperature", "-1"], "must be 0, or in"), (["--top_p", "0"], "above 0"),
                          (["--tokens", "99999"], "max_position_embeddings"), (["--tokenizer", "nope"], "nope"), (["--device", "abacus"], "abacus"),
                          (["--tokenizer", "runs/other"], "not the one in"), (["--topk", "3"], "unrecognized")):
         code, _, err = cli(sample, "runs/toy", "--prompt", "x", *flags)
