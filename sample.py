@@ -170,13 +170,19 @@ def merge_below(token, ranks, limit):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Chat templates. Yields (text, is it the template's own?): what a user, a tool or the model wrote can hold no special token.
 
+def json_beside(folder, name):
+    """The JSON object in a file of the folder; {} if there is no such file."""
+    found = read_json(Path(folder) / name) if (Path(folder) / name).exists() else {}
+    require(isinstance(found, dict), f"{Path(folder) / name} must hold a JSON object")
+    return found
+
+
 def chat_style(folder, config, tokenizer):
     """-> ("v1" or "v2", whether it thinks by default), by the template beside the weights if there is one, else by the model.
     Ling 1 and Ling 2's base models have the plain v1, in which only the next role ends a turn."""
     require("<role>" in tokenizer.specials, f"the tokenizer of {folder} has no <role> token: not a model one can chat with; use --prompt")
     file = Path(folder) / "chat_template.jinja"
-    beside = Path(folder) / "tokenizer_config.json"
-    template = file.read_text() if file.exists() else str(read_json(beside).get("chat_template") or "") if beside.exists() else ""
+    template = file.read_text() if file.exists() else str(json_beside(folder, "tokenizer_config.json").get("chat_template") or "")
     is_v2 = ROLE_END in template if template else ROLE_END in tokenizer.specials and not config.is_ling1
     return "v2" if is_v2 else "v1", bool(re.search(r"thinking_option\s*=\s*['\"]on|detailed thinking on", template))
 
@@ -187,7 +193,8 @@ def render(messages, style, thinking=False, tools=()):
     require(isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages), "messages must be a list of objects, and not empty")
     require(isinstance(tools, (list, tuple)), "tools must be a list of functions")
     for m in messages:
-        require(m.get("role") in ("system", "user", "assistant", "tool"), f"a message's role is {m.get('role')!r}; known are system, user, assistant and tool")
+        require(m.get("role") in ("system", "user", "assistant", "tool"),
+                f"a message's role is {m.get('role')!r}; known are system, user, assistant and tool")
         require(all(isinstance(m.get(key) or "", str) for key in ("content", "reasoning_content")), "a message's content must be a string")
         require(are_calls(m.get("tool_calls") or []), 'tool_calls must be a list of {"name": ..., "arguments": ...}, or of {"function": {...}}')
     return [*(render_v2 if style == "v2" else render_v1)(messages, thinking, tools), ("<role>ASSISTANT</role>", True)]
@@ -323,7 +330,8 @@ class Request:
     stop_ids: frozenset = frozenset()
     bytes_of: object = None                                      # token -> bytes; None: no text is wanted
     stream: Stream = field(default_factory=Stream)
-    text: str = ""                                               # what is new to print; the caller takes it away
+    where: str = ""                                              # of which file and line, for messages
+    text: str = ""                                               # the continuation so far, as far as it may be printed
     finish: str = None                                           # "stop" or "length" once it is complete
     logprobs: list = field(default_factory=list)                 # of ids[score_from:], natural logarithms
     greedy: bool = True                                          # whether each of those was the likeliest
@@ -449,18 +457,19 @@ class Engine:
     AHEAD = 64                                                   # slots to reserve beyond what is needed now, if there are any
     ALIKE = 32                                                   # a common beginning of fewer tokens is not worth sharing
 
-    def __init__(self, model, slots, batch=64, chunk=512, speculate=False):
+    def __init__(self, model, slots, batch=64, chunk=None, speculate=False):
         c = model.config
         require(not speculate or len(model.mtp), "this model has no MTP block to guess with (num_nextn_predict_layers is 0); leave --speculate out")
-        self.model, self.batch, self.chunk, self.speculate = model, batch, max(chunk, 2 * batch), speculate
+        self.model, self.batch, self.chunk, self.speculate = model, batch, chunk or max(512, 2 * batch), speculate
         self.device = model.word_embeddings.weight.device
         self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
         self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
         self.routings, self.graphs = [], {}
 
-    def check(self, request, where=""):
+    def check(self, request):
         """Raises BadInput if a request could never run."""
+        where = request.where
         require(request.ids and request.limit > 1, f"{where}a prompt needs a token, and a text to score two")
         limit, slots = self.model.config.max_position_embeddings, len(self.cache.users)
         require(request.limit <= limit, f"{where}{len(request.ids)} tokens of prompt and {request.tokens} new ones exceed max_position_embeddings={limit}; "
@@ -589,7 +598,7 @@ class Engine:
                 request.done = end
                 if positions:
                     target = request.ids[positions.start + 1:end + 1]
-                    request.logprobs += (-F.cross_entropy(mine, mine.new_tensor(target, dtype=torch.int64), reduction="none")).tolist()
+                    request.logprobs += (-F.cross_entropy(mine, mine.new_tensor(target, dtype=torch.int64), reduction="none")).tolist()   # SYNC
                     request.greedy &= target == top
                 if end == request.target:
                     request.finish = "length"
@@ -597,7 +606,7 @@ class Engine:
                 continue
             guess, request.guess, request.done = request.guess, [], min(end, len(request.ids))
             for i in range(len(positions)):
-                request.push(token := request.draw(mine[i], top[i]))
+                request.push(token := request.draw(mine[i], top[i]))     # SYNC unless greedy
                 self.drawn += 1
                 yield request
                 if request.finish or token not in guess[i:i + 1]:
@@ -633,8 +642,7 @@ class Engine:
 def generate(model, prompt, tokens, seed=0, stop_ids=(), **sampling):
     """Yield (id, load) for up to `tokens` new tokens after `prompt`, a list of ids; load (MoE layers, E) of the pass that
     produced it. Stops before an id of stop_ids. Raises BadInput when the text would outgrow the model's positions."""
-    engine = Engine(model, len(prompt) + tokens, batch=1)
-    engine.chunk = max(1, len(prompt) - 1)                       # the pass that draws a token is that token's alone
+    engine = Engine(model, len(prompt) + tokens, batch=1, chunk=max(1, len(prompt) - 1))     # the pass that draws a token is that token's alone
     request = Request([*prompt], tokens, seed=str(seed), sampling=sampling, stop_ids=frozenset(stop_ids))
     for n, _ in enumerate(engine.serve([request]), start=len(prompt) + 1):
         if len(request.ids) == n:
@@ -666,15 +674,15 @@ class Desk:
 
     def __init__(self, folder, model, tokenizer, args):
         self.folder, self.model, self.tokenizer, self.args = folder, model, tokenizer, args
-        self.style, file = None, Path(folder) / "generation_config.json"
-        eos = read_json(file).get("eos_token_id") if file.exists() else None
-        self.stop_ids = {tokenizer.end, *map(tokenizer.specials.get, (ROLE_END, "<role>")), model.config.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.style, eos = None, json_beside(folder, "generation_config.json").get("eos_token_id")
+        self.stop_ids = frozenset([tokenizer.end, *map(tokenizer.specials.get, (ROLE_END, "<role>")), model.config.eos_token_id,
+                                   *(eos if isinstance(eos, list) else [eos])]) - {None}     # <role>: in v1 only the next role ends a turn
 
-    def engine(self, positions):
+    def engine(self, positions, chunk=None):
         """One whose cache holds so many positions, or as many as --cache_gb allows."""
         c, weight = self.model.config, self.model.word_embeddings.weight
         each = 2 * (c.num_hidden_layers + self.args.speculate) * c.num_key_value_heads * c.head_dim * weight.element_size()
-        return Engine(self.model, min(positions, int(self.args.cache_gb * 1e9) // each), self.args.batch, speculate=self.args.speculate)
+        return Engine(self.model, min(positions, int(self.args.cache_gb * 1e9) // each), self.args.batch, chunk, self.args.speculate)
 
     def encode(self, text):
         ids = self.tokenizer.encode(text) or ([self.tokenizer.end] if self.tokenizer.end is not None else None)
@@ -695,8 +703,8 @@ class Desk:
         stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", self.args.stop)
         require(isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops), f"{where}stop must be texts that are not empty")
         seed = str(chosen.pop("seed")) + ("" if name is None else f"/{name}")
-        return Request(ids, chosen.pop("tokens"), seed=seed, sampling=chosen, stop_ids=frozenset(self.stop_ids), bytes_of=self.tokenizer.bytes_of,
-                       stream=Stream(tuple(stops)))
+        return Request(ids, chosen.pop("tokens"), seed=seed, sampling=chosen, stop_ids=self.stop_ids, bytes_of=self.tokenizer.bytes_of,
+                       stream=Stream(tuple(stops)), where=where if given else "")
 
     def prompt_job(self, line, where, name):
         """A line of --prompts -> [request], and what to report of it when it is finished."""
@@ -713,7 +721,7 @@ class Desk:
         require(isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts) and isinstance(context, str),
                 f'{where}must have "text", or "context" and "continuation", or "context" and a list "choices", none of them empty')
         require("text" not in line or "context" not in line, f'{where}"text" is scored from its start; give "continuation" with a "context"')
-        answer = line.get("answer", 0)
+        answer = line.get("answer", 0) if "choices" in line else 0
         require(type(answer) is int and 0 <= answer < len(texts), f"{where}answer {answer!r} must be the number of a choice, 0..{len(texts) - 1}")
         words = context.rstrip()                                                             # a blank belongs to the word after it
         before = self.encode(words)
@@ -723,16 +731,18 @@ class Desk:
                 ids = before + self.tokenizer.encode(context[len(words):] + text)
             # A text that outgrows the model is read in windows that share one token, a continuation must fit.
             require("text" in line or len(ids) <= limit, f"{where}{len(ids)} tokens exceed max_position_embeddings={limit}; shorten the context")
-            groups.append([Request(ids[i:i + limit], score_from=len(before) if i == 0 else 1) for i in range(0, len(ids) - 1, limit - 1)])
+            groups.append([Request(ids[i:i + limit], score_from=len(before) if i == 0 else 1, where=where)
+                           for i in range(0, len(ids) - 1, limit - 1)])
 
         def report():
             rows = [{"logprob": sum(sum(request.logprobs) for request in group), "tokens": sum(len(request.logprobs) for request in group),
-                     "bytes": len((context[len(words):] + text).encode(errors="replace")), "greedy": all(request.greedy for request in group)} for group, text in zip(groups, texts)]
+                     "bytes": len((context[len(words):] + text).encode(errors="replace")), "greedy": all(request.greedy for request in group)}
+                    for group, text in zip(groups, texts)]
             if "choices" not in line:
                 return rows[0] | {"bits_per_byte": -rows[0]["logprob"] / rows[0]["bytes"] / math.log(2)}
             best = {key: max(range(len(rows)), key=lambda i: of(rows[i])) for key, of in
                     (("best", lambda row: row["logprob"]), ("best_per_byte", lambda row: row["logprob"] / row["bytes"]))}
-            return {"choices": rows} | best | ({"correct": best["best"] == line["answer"]} if "answer" in line else {})
+            return {"choices": rows} | best | ({"correct": best["best"] == answer} if "answer" in line else {})
         return [request for group in groups for request in group], report
 
 
@@ -742,13 +752,12 @@ class Desk:
 def one_text(desk, prompt, show_routing):
     ids = desk.encode(prompt)
     request, n = desk.request(ids), len(ids)
-    engine = desk.engine(request.limit)
-    engine.batch, engine.chunk = 1, max(1, n - 1) if show_routing else engine.chunk          # the pass that draws a token is that token's alone
+    engine = desk.engine(request.limit, max(1, n - 1) if show_routing else None)             # as in generate
     engine.check(request)
     print(prompt, end="", flush=True)
-    start = time.perf_counter()
+    start, shown = time.perf_counter(), 0
     for _ in engine.serve([request]):
-        text, request.text = request.text, ""
+        text, shown = request.text[shown:], len(request.text)
         if show_routing and text and len(load := desk.model.stack_loads(engine.routings)):
             text = f"\033[48;5;{17 + int(load[-1].argmax()) * 29 % 214}m{text}\033[0m"       # 256-colour background
         print(text, end="", flush=True)
@@ -765,12 +774,12 @@ def chat(desk, tools):
         pass
     opening = [{"role": "system", "content": desk.args.system}] if desk.args.system else []
     desk.encode_chat([*opening, {"role": "user", "content": ""}], tools)                     # a model that cannot chat says so now
-    limit, messages, shown = desk.model.config.max_position_embeddings, [*opening], sys.stdin.isatty()
+    limit, messages, terminal = desk.model.config.max_position_embeddings, [*opening], sys.stdin.isatty()
     engine = desk.engine(limit)
     print("/reset forgets the conversation, /tool TEXT answers a tool call, /quit ends; Ctrl-C stops a reply", file=sys.stderr)
     while True:
         try:
-            line = input("> " if shown else "").strip()
+            line = input("> " if terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             line = "/quit"
         if line == "/quit":
@@ -784,27 +793,27 @@ def chat(desk, tools):
         try:
             ids = desk.encode_chat(turn, tools)
             require(len(ids) < limit, f"the conversation has {len(ids)} tokens, the model can read {limit - 1}; /reset starts a new one")
-            request, reply = desk.request(ids, {"tokens": min(desk.args.tokens, limit - len(ids))}), ""
-            start, n, shared = time.perf_counter(), len(ids), engine.shared
+            request = desk.request(ids, {"tokens": min(desk.args.tokens, limit - len(ids))}, "")
+            start, n, shared, shown = time.perf_counter(), len(ids), engine.shared, 0
             with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine.serve([request])) as news:
                 for _ in news:
-                    text, request.text, reply = request.text, "", reply + request.text
-                    thinks = shown and "</think>" not in reply and "<think>" in reply
-                    print(f"\033[2m{text}\033[0m" if thinks and text else text, end="", flush=True)
+                    new, shown = request.text[shown:], len(request.text)
+                    thinks = terminal and "</think>" not in request.text and "<think>" in request.text
+                    print(f"\033[2m{new}\033[0m" if thinks and new else new, end="", flush=True)
         except BadInput as error:
             print(f"{error}", file=sys.stderr)
             continue
         print(flush=True)
         new, seconds = len(request.ids) - n, time.perf_counter() - start
         print(f"[{new} tokens, {new / max(seconds, 1e-9):.1f} tokens/s; read {n - engine.shared + shared} of {n}{engine.guesses()}]", file=sys.stderr)
-        messages = [*turn, {"role": "assistant", **split_calls(reply)}]
+        messages = [*turn, {"role": "assistant", **split_calls(request.text)}]
 
 
 def read_lines(path, lines=None):
     """Yields (line number, object) of a file of JSON lines, or of `lines` of it in bytes."""
     number = 0
-    try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n") if lines is None else lines, 1):    # a text may hold what splitlines() takes for an end
+    try:                                                         # split at \n alone: a text may hold what splitlines() takes for an end
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n") if lines is None else lines, 1):
             if line.strip():
                 yield number, json.loads(line)
     except FileNotFoundError:
@@ -817,7 +826,8 @@ def answer_file(desk, path, out, make):
     """One line of JSON in `out` (None: stdout) for each line of `path`, as it is finished: "id", what `make` reports, whatever else the line
     held, and a checksum of the request. Run again after whatever happened, only what is missing is done; at the end lines are in order."""
     known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text"}
-    weights = [(str(file), file.stat().st_mtime_ns) for file in sorted(desk.folder.resolve().glob("*")) if file.suffix == ".safetensors" or file.name == "latest"]
+    weights = [(str(file), file.stat().st_mtime_ns) for file in sorted(desk.folder.resolve().glob("*"))
+               if file.suffix == ".safetensors" or file.name == "latest"]
     flags = [weights, make.__name__] + [getattr(desk.args, name) for name in (*SETTINGS, "stop", "think", "dtype", "tokenizer")]
     answers, heads, jobs = answers_so_far(out), {}, []
     for number, line in read_lines(path):
@@ -828,27 +838,27 @@ def answer_file(desk, path, out, make):
         mark = f"{zlib.crc32(json.dumps([flags, line], sort_keys=True).encode()):08x}"
         heads[name] = {**{key: value for key, value in line.items() if key not in known}, "request": mark}
         if name not in answers:
-            requests, report = make(line, where, name)
-            jobs.append((name, where, requests, report))
-        require(name not in answers or answers[name].get("request") == mark,
+            jobs.append((name, *make(line, where, name)))
+        require(name not in answers or answers[name]["request"] == mark,
                 f"{out} has an answer to {name!r} from another prompt, model or setting; give another --out, or remove it")
-    owner = {request: job for job in jobs for request in job[2]}
+    owner = {request: job for job in jobs for request in job[1]}
     engine = desk.engine(sum(sorted((request.limit for request in owner), reverse=True)[:2 * desk.args.batch]))
-    for request, (_, where, _, _) in owner.items():
-        engine.check(request, where)
+    for request in owner:
+        engine.check(request)                                    # before --out is there
     there, start = len(heads) - len(jobs), time.perf_counter()
-    told, report_every, file = start, 5.0, open(out, "a", encoding="utf-8", errors="backslashreplace") if out else sys.stdout
+    told, file = start, open(out, "a", encoding="utf-8", errors="backslashreplace") if out else sys.stdout
     for request in engine.serve(owner):
-        name, _, group, report = owner[request]
+        name, group, report = owner[request]
         if request.finish and all(other.finish for other in group):
             answers[name] = {**heads[name], **report()}
             print(json.dumps(answers[name], ensure_ascii=False), file=file, flush=True)
-        if time.perf_counter() > told + report_every:
+        if time.perf_counter() > told + 5:
             told = time.perf_counter()
             print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s", file=sys.stderr)
     if out:
         file.close()
-        write_beside(os.path.realpath(out), lambda f: f.writelines((json.dumps(answers[name], ensure_ascii=False) + "\n").encode(errors="backslashreplace") for name in heads | answers))
+        rows = (json.dumps(answers[name], ensure_ascii=False) + "\n" for name in heads | answers)
+        write_beside(os.path.realpath(out), lambda f: f.writelines(row.encode(errors="backslashreplace") for row in rows))
     seconds = time.perf_counter() - start
     print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, {engine.drawn / seconds:,.1f} tokens/s; "
           f"{engine.read} read, {engine.read / max(1, engine.passes):.1f} a pass, {engine.shared} shared{engine.guesses()}", file=sys.stderr)
@@ -982,10 +992,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     modes = [name for name in ("prompt", "chat", "prompts", "score") if getattr(args, name) not in (None, False)]
     require(len(modes) < 2, f"--{' and --'.join(modes)} exclude each other; give one")
-    for flag, with_ in (("system", ["chat"]), ("tools", ["chat"]), ("out", ["prompts", "score"])):
+    for flag, with_ in (("system", ["chat"]), ("tools", ["chat"]), ("think", ["chat", "prompts"]), ("out", ["prompts", "score"])):
         require(getattr(args, flag) is None or modes and modes[0] in with_, f"--{flag} goes with --{' or --'.join(with_)}")
     require(args.batch >= 1 and 0 < args.cache_gb < math.inf, f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0")
     require(not (args.speculate and (args.score or args.show_routing)), "--speculate goes with neither --score nor --show_routing")
+    require(not args.show_routing or modes in ([], ["prompt"]), f"--show_routing does not go with --{''.join(modes)}")
     tools = read_json(args.tools) if args.tools else []
     require(isinstance(tools, list), f"{args.tools} must hold a JSON list of functions")
     folder = Path(args.model) if args.model else newest_run()

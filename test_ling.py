@@ -1,4 +1,4 @@
-"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about three minutes:
+"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about four minutes:
 
     python -m pytest
 """
@@ -1512,7 +1512,7 @@ def test_a_chat(weights, monkeypatch, capsys):
     for text in ("a <tool_call> of sorts", "<tool_call>\n3\n</tool_call>"):
         assert sample.split_calls(text) == {"content": text}
     for flags, words in ((["--chat", "--prompt", "x"], "exclude"), (["--system", "x"], "goes with --chat"), (["--out", "x"], "goes with --prompts"),
-                         (["--score", "x", "--speculate"], "--speculate"), (["--prompts", "none"], "none does not exist"), (["--chat", "--batch", "0"], "--batch 0")):
+                         (["--score", "x", "--speculate"], "--speculate"), (["--prompt", "x", "--think"], "--think goes with"), (["--chat", "--show_routing"], "--show_routing"), (["--prompts", "none"], "none does not exist"), (["--chat", "--batch", "0"], "--batch 0")):
         code, _, err = cli(sample, "m", *flags)
         assert code == 2 and words in err and len(err.splitlines()) == 1, err
 
