@@ -635,8 +635,8 @@ def _experts_without_rows(x, weights, chosen, gate_up, down, shared=None):
 
 
 def few_rows(x, weights, chosen, gate_up, down, shared=None):
-    """In generation: too few rows of an expert for a matmul to be worth its set-up."""
-    return chosen.numel() <= 8 and infers(x) and down.dtype == x.dtype
+    """In generation, one token or a few: too few rows of an expert for a matmul to be worth its set-up."""
+    return (len(x) == 1 or chosen.numel() <= 8) and infers(x) and down.dtype == x.dtype
 
 
 @experts.fused(when=few_rows)
