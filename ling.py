@@ -231,11 +231,11 @@ _LING2 = dict(score_function="sigmoid", use_qk_norm=True, n_group=8, topk_group=
 _LING2_RELEASE = dict(_LING2, vocab_size=157184, rope_theta=600000.0, max_position_embeddings=32768, num_experts=256,
                       num_experts_per_tok=8, head_dim=128, num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1,
                       pad_token_id=156892, eos_token_id=156892)
-_TOY = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, num_experts=12, num_experts_per_tok=2,
+_TOY = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, num_experts=12, num_experts_per_tok=2,
             moe_intermediate_size=64, num_shared_experts=1, initializer_range=0.02)
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's. Experts are narrow: at twice the width MoE and dense twin ended
-    # level. u is large: at 0.002 the last layer sends nearly all tokens to the same two experts for 150 steps, at 0.01 for 50.
+    # level. Keys are not shared: with one KV head the toy learns to copy from its context too late, and ends 0.06 bits higher. u is large: at 0.002 the last layer sends nearly all tokens to the same two experts for 150 steps, at 0.01 for 50.
     "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, routed_scaling_factor=1.0, expert_bias_update_rate=0.01),
     "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75, router_aux_loss_coef=0.03),       # a short run needs a firmer hand
     # for one GPU and an evening
@@ -823,17 +823,41 @@ class Ling(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Counting
 
+class Component(NamedTuple):
+    total: int = 0                                               # parameters
+    active: int = 0                                              # of these, those a token uses: k of E experts
+    flops: int = 0                                               # a token, forward plus backward, as in flops_per_token
+
+
+def components(config, seq_len=0):
+    """{name: Component}: what count_params and flops_per_token add up, the MTP blocks being one component. Nothing is allocated."""
+    c, depth, sizes = config, config.num_nextn_predict_layers, collections.Counter()
+    with torch.device("meta"):
+        model = Ling(config)
+    for name, p in model.named_parameters():
+        kind = next(kind for part, kind in (("mtp.", "mtp"), ("word_embeddings", "embedding"), ("lm_head", "lm_head"), ("norm.weight", "norms"),
+                    ("attention.", "attention"), ("mlp.gate.", "router"), (".experts.", "experts"), ("shared_experts", "shared experts"),
+                    ("mlp.", "dense MLP"), ("norm", "norms")) if part in f".{name}")
+        sizes[kind] += p.numel()
+    idle = {"experts": sizes["experts"] // c.num_experts * (c.num_experts - c.num_experts_per_tok),
+            "mtp": depth * 3 * c.moe_intermediate_size * c.hidden_size * (c.num_experts - c.num_experts_per_tok)}
+    table = {kind: Component(n, n - idle.get(kind, 0), 6 * (n - idle.get(kind, 0))) for kind, n in sizes.items()}
+    head, attend = 6 * c.vocab_size * c.hidden_size, 6 * seq_len * c.num_attention_heads * c.head_dim
+    table["embedding"] = table["embedding"]._replace(flops=0)                                # a look-up
+    table["lm_head"] = table.get("lm_head", Component())._replace(flops=head)                # also if it is the embedding's matrix
+    table["attention scores"] = Component(flops=c.num_hidden_layers * attend)
+    if depth:
+        table["mtp"] = table["mtp"]._replace(flops=table["mtp"].flops + depth * (head + attend))
+    return table
+
+
 def count_params(config):
     """Parameters by kind. total and active include both embeddings, as the published figures do; active counts k of E experts.
     MTP blocks are counted apart. Nothing is allocated."""
-    with torch.device("meta"):
-        model = Ling(config)
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    mtp = size(model.mtp)
-    total = size(model) - mtp
-    idle = sum(size(b.mlp.experts) for b in model.layers if isinstance(b.mlp, MoE)) / config.num_experts
-    active = total - round(idle * (config.num_experts - config.num_experts_per_tok))
-    embeddings = model.word_embeddings.weight.numel() * (1 if config.tie_word_embeddings else 2)
+    table = components(config)
+    mtp = table.pop("mtp", Component()).total
+    total, active, _ = (sum(column) for column in zip(*table.values()))
+    embeddings = table["embedding"].total * (1 if config.tie_word_embeddings else 2)
     return {"total": total, "active": active, "active_non_embedding": active - embeddings, "mtp": mtp}
 
 
@@ -841,11 +865,7 @@ def flops_per_token(config, seq_len):
     """Training FLOPs per token, forward plus backward: 6 for each weight a token is multiplied with (active experts, router,
     lm_head, and for each MTP depth its block and lm_head again; not the embedding look-up), plus causal attention,
     6 * seq_len * H * d per layer, the mean query seeing half the window. Recomputation is not counted."""
-    c, counts, depth = config, count_params(config), config.num_nextn_predict_layers
-    head, expert = c.vocab_size * c.hidden_size, 3 * c.moe_intermediate_size * c.hidden_size
-    mtp = counts["mtp"] - depth * (c.num_experts - c.num_experts_per_tok) * expert
-    attention = (c.num_hidden_layers + depth) * seq_len * c.num_attention_heads * c.head_dim
-    return 6 * (counts["active_non_embedding"] + mtp + (1 + depth) * head + attention)
+    return sum(component.flops for component in components(config, seq_len).values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1929,6 +1929,155 @@ def test_merging_is_a_decay(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a run costs, and what runs show
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_plan_counts_what_the_model_counts(preset, folder):
+    """A table of components that drifts from count_params, or a component left out of it."""
+    code, out, err = cli(train, "--plan", "--preset", preset, "--seq_len", "512", "--device", "H100,mine=100/24/0.5")
+    assert code == 0, err
+    config = LingConfig(**{"vocab_size": 2048, **PRESETS[preset]})
+    counts, flops = count_params(config), flops_per_token(config, 512)
+    rows = {line[:18].strip(): [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", line[18:])[:3]] for line in out.splitlines()[1:13] if re.match(r".{18} +[\d,]+ +[\d,]+ +[\d,]+", line)}
+    last = rows.pop("all" if not counts["mtp"] else "all but mtp")
+    assert last == [counts["total"], counts["active"], flops]
+    mtp = rows.pop("mtp", [0, 0, 0])
+    assert [sum(column) for column in zip(*rows.values())] == [counts["total"], counts["active"], flops - mtp[2]] and mtp[0] == counts["mtp"]
+    assert "mine" in out and not (folder / "runs").exists()
+
+
+def test_the_reports_cost():
+    """6.35 and 5.08 million RMB for 1T tokens of Ling-plus, and the MFU each means, as derived by hand from the report's table (LING.md 3.2),
+    for heads of 96 dims: in the table, and when that MFU is put in."""
+    _, out, err = cli(train, "--plan", "--preset", "ling-plus", "--head_dim", "96", "--tokens", "1T", "--device", "all")
+    found = {line.split()[0]: re.findall(r"([\d.]+)%", line) for line in out[out.index("The report"):].splitlines() if "%" in line and "RMB" in line[:40]}
+    assert {name: row for name, row in found.items() if name in "ABCDE"} == {"A": ["15.0", "18.8"], "B": ["29.8", "37.2"], "C": ["25.5", "31.8"], "D": ["22.1", "27.6"], "E": ["30.5", "38.1"]}
+    assert "6.35M RMB" in out and "5.08M" in out and "231k" in out and "726k" in out and "(-20.0%)" in out, err
+    for device, mfu, cost in (("D", "0.2207", "6.35M RMB"), ("A", "0.1877", "5.08M RMB")):
+        assert cost in cli(train, "--plan", "--preset", "ling-plus", "--head_dim", "96", "--tokens", "1T", "--device", device, "--mfu", mfu)[1].split("The report")[0]
+
+
+def test_scaling_laws():
+    """A wrong exponent or unit: Ling 2.0's own choices, from the law (LING.md 3.3), and the FLOPs they come from."""
+    for preset, compute, lr, sequences in (("ling-mini-2.0", 1.37e23, 3.357e-4, 4571), ("ling-flash-2.0", 7.1e23, 2.610e-4, 8325), ("ling-1t", 6.5e24, 1.861e-4, 18656)):
+        law_lr, batch = train.scaling_law(compute)
+        assert law_lr == pytest.approx(lr, rel=1e-3) and batch / 4096 == pytest.approx(sequences, rel=1e-3)
+        assert train.law_flops(LingConfig(**PRESETS[preset]), 4096) * 20e12 == pytest.approx(compute, rel=0.02)
+        _, out, _ = cli(train, "--budget", str(compute), "--preset", preset)
+        assert f"{law_lr:.4g}" in out and f"{batch / 4096:,.1f} sequences of 4096" in out and "extrapolated" not in out
+    shape = LingConfig(num_experts=256, num_experts_per_tok=8, num_shared_experts=1, hidden_size=2048, moe_intermediate_size=512)
+    assert train.leverage(shape, 1e22) == pytest.approx(6.8, rel=0.01) and train.leverage(shape, 1e24) == pytest.approx(10.7, rel=0.01)
+    code, out, err = cli(train, "--budget", "2e13", "--preset", "toy")
+    assert code == 0 and "extrapolated" in out, err
+    assert [train.amount(text) for text in ("1e18", "300B", "1.5T", "20k")] == [1e18, 3e11, 1.5e12, 2e4]
+    assert train.TrainConfig(tokens=1e6, batch_tokens=4096).steps == 245
+
+
+@pytest.mark.parametrize("fields", [
+    {}, dict(first_k_dense_replace=1), dict(num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1, num_shared_experts=2), dict(first_k_dense_replace=3),
+    dict(score_function="softmax", use_qk_norm=False, norm_head=True, router_aux_loss_coef=0.01)], ids=["moe", "first-dense", "mtp", "dense", "ling1"])
+def test_counted_activations_are_those_autograd_keeps(fields):
+    """A formula of activations that an op's backward has left behind: every tensor saved for it, counted once, but the weights."""
+    config = LingConfig(**dict(vocab_size=999, hidden_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=40, num_experts=12, num_experts_per_tok=3,
+                               moe_intermediate_size=28, intermediate_size=52) | fields)
+    model, T = Ling(config), 2048
+    model.init_weights(0)
+    weights, kept, tokens = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, torch.randint(0, 999, (T // 64, 64))
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t                 # held, so that no address comes twice
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(tokens, tokens)
+    real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights and t.shape != model.lm_head.weight.shape)      # lm_head's gradient
+    counted = train.memory_per_rank(config, count_params(config), 1, 1, 1, T, bytes_each=4)["activations"] - 4 * T * 999
+    assert counted == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not say how much memory a process had at most")
+@pytest.mark.parametrize("flags", ["", "--hidden_size 256 --num_hidden_layers 5 --save_every 2", "--dense --hidden_size 256 --num_hidden_layers 6 --micro_batch_tokens 2048"],
+                         ids=["toy", "wider", "dense"])
+def test_memory_was_planned(flags, folder):
+    """A plan that is off by more than a tenth of what the process took, also as --plan alone tells it."""
+    flags = [*flags.split(), "--steps", "4", "--tokenizer", "bytes", "--data", "text.txt"]
+    (folder / "text.txt").write_text("some words, again and again\n" * 4000)
+    run = lambda *more: subprocess.run([sys.executable, HERE / "train.py", *flags, *more], env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    result = run("--out", "run")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((folder / "run/plan.json").read_text())
+    assert found["planned"]["memory"] == pytest.approx(found["happened"]["memory"], rel=0.1) and "planned: memory" in result.stdout
+    assert found["happened"]["tokens_per_s"] > 0 and found["happened"]["tokens"] == 4 * 4096
+    here = next(line for line in run("--plan").stdout.splitlines() if line.startswith("here")).split()
+    assert float(here[12]) * 1e9 == pytest.approx(found["happened"]["memory"], rel=0.1)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--plan", "--device", "h100,abacus"], "--device abacus: a plan knows A, B, C, D, E, A100"), (["--plan", "--mfu", "0"], "--mfu 0.0 must be above 0"),
+    (["--budget", "-1"], "--budget -1.0 must be in 0..1e30"), (["--plan", "--preset", "ling-1t", "--ranks", "3", "--ep", "2"], "--ep 2 must divide the 3 ranks"),
+    (["--tokens", "many"], "invalid amount value: 'many'"), (["--plot", "nowhere"], "--plot nowhere: no metrics.jsonl there"), (["--study", "all"], "invalid choice: 'all'")])
+def test_bad_plans(flags, words, folder):
+    code, out, err = cli(train, *flags)
+    assert code == 2 and words in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_study_measures_the_lever(folder, monkeypatch):
+    """Losses made so that a dense model needs exactly 2.5 times the compute: a fit that mixes up its axes or kinds says something else."""
+    def made(root, jobs):
+        results = {}
+        for name, flags in jobs.items():
+            value = {flag: flags[i + 1] for i, flag in enumerate(flags[:-1])}
+            shape = dict(hidden_size=int(value["--hidden_size"]), moe_intermediate_size=int(value["--moe_intermediate_size"]))
+            fields = {"vocab_size": 2048, **PRESETS["toy"], **shape}
+            fields = train.dense_twin(fields) if "--dense" in flags else fields
+            C = int(value["--steps"]) * int(value["--batch_tokens"]) * flops_per_token(LingConfig(**fields), 256)
+            results[name] = [{"step": 1, "val_bpb": 3 * (C / (2.5 if "--dense" in flags else 1)) ** -0.05}]
+        return results
+    monkeypatch.setattr(train, "train_all", made)
+    (folder / "study").mkdir()
+    code, out, err = cli(train, "--study", "lever", "--out", "study")
+    assert code == 0, err
+    told = json.loads((folder / "study/lever.json").read_text())
+    assert told["lever"] == pytest.approx([2.5] * 4, rel=1e-6) and told["low"] == pytest.approx([2.5] * 4, rel=1e-6) and len(told["runs"]) == 24
+    flops = sorted({round(C / 1e10) for dense, part, C, _ in told["runs"].values() if part == 0.125})
+    assert flops[-1] / flops[0] < 1.01                           # both kinds spend the same
+    assert "2.50" in out
+
+
+def test_a_study_goes_on_where_it_was(folder):
+    """A run of a study trained twice, a failed one that counts as done, flags that do not reach the runs."""
+    jobs = {f"seed{seed}": [*FLAGS, "--steps", "4", "--seed", str(seed)] for seed in (0, 1)}
+    results = train.train_all(folder / "study", jobs)
+    assert list(results) == ["seed0", "seed1"] and results["seed0"][-1]["val_bpb"] != results["seed1"][-1]["val_bpb"]
+    before = (folder / "study/seed0/metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "study/seed1")
+    assert train.train_all(folder / "study", jobs)["seed1"][-1]["val_bpb"] == results["seed1"][-1]["val_bpb"]
+    assert (folder / "study/seed0/metrics.jsonl").read_bytes() == before
+    with pytest.raises(BadInput, match="seed0 failed, see .*seed0.log: train.py: error: --lr 9.0: the run in"):
+        train.train_all(folder / "study", {"seed0": [*jobs["seed0"], "--lr", "9"]})
+
+
+def test_pictures_of_a_run(folder):
+    """A picture that cannot be drawn, a load that was not recorded, tokens of a kind counted for another."""
+    assert cli(train, *FLAGS, "--tensorboard", "--out", "other")[0] == (2 if importlib.util.find_spec("tensorboard") is None else 0)
+    assert cli(train, *FLAGS)[0] == 0
+    run, lines = folder / "runs/toy", metrics_of(folder / "runs/toy")
+    assert all(np.sum(line["load"]) == 2 * 64 * 2 for line in lines)                         # MoE layers, tokens, k
+    config, settings = ling.read_config(run), json.loads((run / "train.json").read_text())
+    settings = train.TrainConfig(**{f.name: settings[f.name] for f in dataclasses.fields(train.TrainConfig)})
+    kinds, load = train.routing_by_kind(run, settings, config)
+    windows = list(train.Data(train.read_data(run, settings, config), settings).held_out(1, "cpu"))
+    text = "".join(chr(t) for x, y in windows for t in x[y >= 0].tolist())
+    assert load[kinds.index("digits"), 0].sum() == 2 * sum(c.isdigit() for c in text) > 0 and load[:, 1].sum() == 2 * len(text)
+    assert [train.kind_of(t) for t in (b"  \n", b" def", b"def", b"12", b"(", b"\xe4", b"")] == ["space", "word", "part of a word", "digits", "signs", "no whole character", "signs"]
+    code, out, err = cli(train, "--plot", str(run))
+    if importlib.util.find_spec("matplotlib") is None:
+        assert code == 2 and "pip install matplotlib" in err
+    else:
+        assert code == 0, err
+        assert {path.stem for path in run.glob("*.png")} == {"loss", "load", "spikes", "cost", "routing"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Many processes. Real ones: they run train.py's own loop over gloo, and what one process left behind is what they must leave
 
 TEAM = [*FLAGS, *"--batch_tokens 96 --eval_every 0 --warmup_steps 0".split()]      # 6 sequences: on 4 ranks, one has none

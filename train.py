@@ -40,16 +40,20 @@ import shutil
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import sysconfig
 import threading
 import time
+import types
 import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,12 +65,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ling import (PRESETS, AllToAll, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, count_params, count_targets, file_crc, find_checkpoint,
+from ling import (PRESETS, AllToAll, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, components, count_params, count_targets, file_crc, find_checkpoint,
                   checkpoint_damage, flops_per_token, load_checkpoint, local, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
 from sample import PATTERN, Parser, Tokenizer, load_tokenizer, pick_device, run_cli, spellings, text_of, tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration
+
+def amount(text):
+    """A number as people write large ones: 1e18, 300B, 1.5T."""
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 1)
+    return float(text[:-1] if scale > 1 else text) * scale
+
 
 @dataclass
 class TrainConfig:
@@ -124,18 +134,33 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile each block")
     timeout: int = option(600, "seconds without progress after which a hang is named and ended")
     export: str = option("", "write the newest checkpoint of the run to this folder in the released format, and stop")
+    # what it costs, what it shows
+    plan: bool = option(False, "count what this run would take on each --device (names of DEVICES, NAME=TFLOPS/GB/PRICE, or all), and stop")
+    tokens: float = option(0.0, "tokens to train on, e.g. 300B: sets --steps", type=amount)
+    mfu: float = option(0.3, "part of a device's peak that a plan reckons with")
+    ranks: int = option(0, "processes of a plan; 0: the least that hold the model")
+    budget: float = option(0.0, "FLOPs to spend: print batch size, learning rate and tokens by Ling's scaling laws, and stop", type=amount)
+    plot: str = option("", "draw what this run's metrics.jsonl and ledger.jsonl hold, into its folder (needs matplotlib), and stop")
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, into the run's folder")
+    study: str = option("", "train a table of small models, compare them and draw it: lever (MoE against dense), routers; and stop",
+                        choices=("", "lever", "routers"))
 
     def __post_init__(self):
         self.data = list(self.data)
+        for name in ("tokens", "budget"):
+            require(0 <= getattr(self, name) < 1e30, f"--{name} {getattr(self, name)} must be in 0..1e30")
+        if self.tokens and self.batch_tokens > 0:
+            self.steps, self.tokens = math.ceil(self.tokens / self.batch_tokens), 0.0
         for f in dataclasses.fields(self):
             require(getattr(self, f.name) in f.metadata.get("choices", [getattr(self, f.name)]),
                     f"--{f.name} {getattr(self, f.name)!r} is none of {', '.join(f.metadata.get('choices', ()))}")
         for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0, eval_every=0,
                                 save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1, spike_width=1, spike_limit=1, profile=0, merge=0,
-                                sync_every=1, sync_warmup=0).items():
+                                sync_every=1, sync_warmup=0, ranks=0).items():
             require(least <= getattr(self, name) < 1 << 40, f"--{name} {getattr(self, name)} must be at least {least} and below 2^40")
         for name in ("lr", "weight_decay", "clip", "spike_z", "sync_seconds", "outer_lr", "outer_clip", "sync_z", "sync_temperature"):
             require(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
+        require(0 < self.mfu <= 1, f"--mfu {self.mfu} must be above 0 and at most 1")
         require(self.clip > 0, "--clip 0 would stop all learning; raise it above 0")
         for name in ("batch_start", "halve_at", "decay", "final_lr", "beta1", "beta2", "outer_momentum"):
             require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} must be in 0..1")
@@ -151,7 +176,8 @@ class TrainConfig:
 TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_steps", "expert_bias_update_rate", "mtp_loss_scaling_factor"}
 MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate", "ep", "recompute",
               "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width", "spike_limit", "sync", "sync_every",
-              "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr", "outer_momentum", "outer_clip"}       # on resuming
+              "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr", "outer_momentum", "outer_clip",
+              "plan", "tokens", "mfu", "ranks", "budget", "tensorboard"}                                        # on resuming
 
 
 def parse_args(argv):
@@ -224,7 +250,8 @@ class Team:
         variable = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.size, self.local_rank = variable("RANK", 0), variable("WORLD_SIZE", 1), variable("LOCAL_RANK", 0)
         self.local_size, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), 0, pick_device(device)
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None          # torchrun; a shell may go, and a run in its background stay
+        # torchrun, or a study; a shell may go, and a run in its background stay
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LING_PARENT") == str(os.getppid()) else None
         self.nodes = variable("GROUP_WORLD_SIZE", self.size // self.local_size)
         self.replicas, self.replica, self.ranks, self.within, self.across = 1, 0, self.size, None, None   # until split()
         if self.size > 1 and self.device.type != "cpu":
@@ -232,6 +259,13 @@ class Team:
             require(self.local_rank < count, f"--nproc-per-node {self.local_size}: this machine has {count} devices; start at most {count} processes")
             self.device = torch.device(self.device.type, self.local_rank)
             torch.accelerator.set_device_index(self.local_rank)
+
+    @property
+    def memory(self):
+        """Bytes that this process may use."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.local_size if hasattr(os, "sysconf") else 16e9
 
     def connect(self, timeout):
         """Join the others; from here on only rank 0 speaks."""
@@ -525,6 +559,14 @@ def prepare(train, config, given_model):
     return tokenizer, config, arrays, shards
 
 
+def with_vocabulary(train, config, given_model):
+    """config with as large a vocabulary as prepare() will give it."""
+    if "vocab_size" in {**PRESETS[train.preset], **given_model} or train.init:
+        return config
+    learned = re.fullmatch(r"bpe(\d+)", train.tokenizer)
+    return dataclasses.replace(config, vocab_size=int(learned[1]) if learned else load_tokenizer(train.tokenizer).size)
+
+
 def write_data(run, arrays):
     """Keep the corpus as token ids in the run: a resumed run sees the same samples, whatever happened to the files."""
     (run / "data").mkdir(exist_ok=True)
@@ -604,15 +646,16 @@ class Data:
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Layout: who holds what
 
-def choose_layout(train, config, team):
-    """-> train with replicate and ep filled in, and why. Raises BadInput when what was asked for does not divide up."""
-    world, E, reasons = team.size, config.num_experts, []
+def choose_layout(train, config, team, counts=None):
+    """-> train with replicate and ep filled in, and why. Raises BadInput when what was asked for does not divide up. team: a Team, or
+    what a plan says of one; counts: count_params(config), if at hand."""
+    world, E, reasons, counts = team.size, config.num_experts, [], counts or count_params(config)
     require(train.replicate == 0 or world % train.replicate == 0, f"--replicate {train.replicate} does not divide the {world} ranks; choose a divisor")
     require(train.ep == 0 or world % train.ep == 0 and E % train.ep == 0,
             f"--ep {train.ep} must divide the {world} ranks and num_experts={E}; try {math.gcd(world, E)}")
     moe = config.num_hidden_layers > config.first_k_dense_replace or config.num_nextn_predict_layers > 0
     require(train.ep <= 1 or moe, f"--ep {train.ep}: this model has no routed experts; drop the flag")
-    replicate, ep, room = train.replicate, train.ep, memory_of(team) / 2
+    replicate, ep, room = train.replicate, train.ep, team.memory / 2
     if train.sync == "edit":
         replicate = replicate or (team.nodes if team.nodes > 1 else world)
         require(world % replicate == 0, f"--sync edit: {world} ranks cannot form {replicate} equal copies; choose a --replicate that divides them")
@@ -621,14 +664,14 @@ def choose_layout(train, config, team):
         require(replicate > 1, f"--sync edit needs at least two copies that train on their own; {world} ranks with --replicate {replicate} are one")
         inner = world // replicate                               # each copy is FSDP over its ranks
         require(inner % max(1, ep) == 0, f"--ep {ep} must divide the {inner} ranks of each of the {replicate} copies")
-        needs = memory_per_rank(config, inner, 1, ep or 1, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
+        needs = memory_per_rank(config, counts, inner, 1, ep or 1, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
         needs["anchor, outer momentum, change"] = 3 * needs["weights"]
         needs["host copy for saving"] += needs["weights"]
         return dataclasses.replace(train, replicate=replicate, ep=ep or 1), (
             f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}\n        GB a rank, counted: " +
             ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items()))
     if not replicate:
-        needs = {r: sum(memory_per_rank(config, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
+        needs = {r: sum(memory_per_rank(config, counts, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
                  for r in (world, world // team.local_size, 1)}
         replicate = next((r for r in needs if needs[r] <= room), 1)
         reasons.append(f"replicate {replicate}: training state of {needs[replicate] / 1e9:.2f} GB a rank, where half of memory is {room / 1e9:.0f} GB")
@@ -639,36 +682,33 @@ def choose_layout(train, config, team):
         ep = math.gcd(team.local_size, E) if moe and replicate < world and send < gather else 1
         reasons.append(f"ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
                        f"a layer sends {send / 1e6:.0f} MB of tokens, or gathers {gather / 1e6:.0f} MB of experts"))
-    needs = memory_per_rank(config, world, replicate, ep, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
+    needs = memory_per_rank(config, counts, world, replicate, ep, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
     return dataclasses.replace(train, replicate=replicate, ep=ep), "\n        ".join(
         [f"{world} ranks, --replicate {replicate} --ep {ep}", *reasons, "GB a rank, counted: " + ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items())])
 
 
-def memory_of(team):
-    """Bytes that this process may use."""
-    if team.device.type == "cuda":
-        return torch.cuda.get_device_properties(team.device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / team.local_size if hasattr(os, "sysconf") else 16e9
-
-
-def memory_per_rank(config, world, replicate, ep, tokens=0, recompute="none", bytes_each=2):
-    """Bytes a rank needs by component, for a micro-batch of `tokens`. Weights, gradients and both moments are fp32 and exact; what is
-    in flight (two gathered blocks, and embedding and head) and the activations, in bytes_each, are counted from shapes."""
-    c, counts = config, count_params(config)
+def memory_per_rank(config, counts, world, replicate, ep, tokens=0, recompute="none", bytes_each=2):
+    """Bytes a rank needs by component, for a micro-batch of `tokens`; counts: count_params(config). Weights, gradients and both moments are
+    fp32 and exact; what is in flight (two gathered blocks, and embedding and head) and the activations, in bytes_each, are counted from
+    shapes: of every tensor that autograd keeps, and the chunk of logits that linear_cross_entropy works on."""
+    c, D, I = config, config.hidden_size, config.intermediate_size
     layers = c.num_hidden_layers + c.num_nextn_predict_layers
     moe = layers - c.first_k_dense_replace
-    expert_layer = 3 * c.num_experts * c.hidden_size * c.moe_intermediate_size
+    expert_layer = 3 * c.num_experts * D * c.moe_intermediate_size
     dense = counts["total"] + counts["mtp"] - moe * expert_layer
-    head = (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
+    head = (1 if c.tie_word_embeddings else 2) * c.vocab_size * D
     held = dense * replicate / world + moe * expert_layer / (world if ep > 1 else world / replicate)
     block = (dense - head) / layers + (expert_layer / ep if moe else 0)
-    q, kv, width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.moe_intermediate_size
-    inside = 2 * c.hidden_size + 3 * (q + 2 * kv) + (2 * c.num_experts_per_tok + 3 * c.num_shared_experts) * width + 4 * c.num_experts
-    attend = 2 * c.hidden_size + 3 * (q + 2 * kv)
-    kept = {"none": 2 * c.hidden_size + inside, "moe": 2 * c.hidden_size + attend, "block": c.hidden_size}[recompute]     # a token, a layer
+    q, kv, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.num_experts_per_tok
+    # numbers a token keeps: each norm's input and output; qkv, rotated q and k, the output of attention; pre-activations, routing, shared experts
+    attention = 2 * D + 3 * (q + kv) + 2 * c.num_attention_heads
+    routed = 2 * D + (2 * k + 3 * c.num_shared_experts) * c.moe_intermediate_size + 2 * c.num_experts + 6 * k
+    inside = {"none": moe * routed + (layers - moe) * (2 * D + 3 * I), "moe": moe * 2 * D + (layers - moe) * (2 * D + 3 * I), "block": 0}[recompute]
+    kept = inside + (layers * attention if recompute != "block" else layers * D) + 2 * D + c.num_nextn_predict_layers * 6 * D
+    again = {"none": 0, "moe": routed, "block": attention + max(moe and routed, 2 * D + 3 * I)}[recompute]       # one block's, while it is done again
+    chunk = min(tokens * c.vocab_size * bytes_each, 16 << 20 if bytes_each == 4 else 4 << 30)
     return {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held, "in flight": 2 * bytes_each * (2 * block + head) * (world > 1),
-            "activations": bytes_each * tokens * (layers * kept + (inside if recompute != "none" else 0)),
-            "host copy for saving": 12 * held}
+            "activations": bytes_each * tokens * (kept + again) + chunk, "host copy for saving": 12 * held}
 
 
 def prepare_blocks(model, train):
@@ -1006,6 +1046,7 @@ class EDiT:
         self.mean, self.variance, self.seen = torch.zeros(3, *shape, dtype=torch.float64)
         if saved and (history := torch.tensor(saved, dtype=torch.float64)).shape == (3, *shape):                # else their number has changed
             self.mean, self.variance, self.seen = history
+        self.arrive = torch.compiler.disable(self.arrive)        # not as a decorator: that would import the compiler at every start
         # Ahead of FSDP's own hooks, which gather a block's weights, and the next one's; on an accelerator they do so on a stream that waits
         # for this one only at the start of the model.
         last = len(blocks)
@@ -1088,7 +1129,6 @@ class EDiT:
         self.since, self.steps = time.monotonic(), 0
         return told, weights
 
-    @torch.compiler.disable
     @torch.no_grad()
     def arrive(self, last):
         """Wait for the layers up to `last`, and step: outer SGD, on each rank for what it holds."""
@@ -1227,15 +1267,6 @@ def evaluate(model, data, token_bytes, rows, team, alive=lambda: None):
     return {"val_ce": nats / tokens, "val_bpb": nats / math.log(2) / max(1, size)}
 
 
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}      # dense bf16, data sheets
-
-
-def peak_flops(device):
-    """Of the device, or None: an MFU is never guessed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-
-
 def strip(load):
     """Loads of one layer's experts as block characters: the middle height is the even load."""
     bars = "▁▂▃▄▅▆▇█" if (sys.stdout.encoding or "").lower().startswith("utf") else "01234567"
@@ -1246,6 +1277,14 @@ def strip(load):
 def uneven_load(load):
     """load (MoE layers, E) -> (MoE layers,): largest over mean."""
     return load.amax(1) / load.float().mean(1).clamp(min=1e-9) if len(load) else torch.ones(1)
+
+
+def tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs a package: pip install tensorboard; metrics.jsonl holds the same numbers") from None
+    return SummaryWriter(folder)
 
 
 class Status:
@@ -1268,7 +1307,432 @@ class Status:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. The run
+# 9. What a run costs: before it, by counting, and after it
+
+class Device(NamedTuple):
+    peak: float                  # dense bf16 FLOP/s; of a CPU fp32, measured; None: unknown, and an MFU is never guessed
+    memory: float                # bytes
+    price: float = None          # an hour
+    currency: str = "USD"
+    source: str = ""
+
+
+LAMBDA, AKASH = "8 on demand, lambda.ai/instances, 2026-09-20", "from, akash.network/pricing/gpus, 2026-09-20"
+DEVICES = {                      # peaks by data sheets. [Ling1]'s C is an A100 and its E an H20, by Flood's README; D has an H800's numbers
+    **{name: Device(tflops * 1e12, gb * 1e9, price, "RMB", "[Ling1] table 1") for name, tflops, gb, price in (
+        ("A", 370, 64, 7.0), ("B", 120, 96, 4.5), ("C", 312, 80, 10.0), ("D", 989, 80, 27.5), ("E", 147, 96, 5.64))},
+    "A100": Device(312e12, 80e9, 2.79, source=LAMBDA), "H100-PCIe": Device(756e12, 80e9, 3.29, source="lambda.ai/pricing, 2026-09-25"),
+    "H100": Device(989e12, 80e9, 3.99, source=LAMBDA), "H200": Device(989e12, 141e9, 4.45, source=AKASH),
+    "B200": Device(2250e12, 180e9, 6.69, source=LAMBDA), "MI300X": Device(1307e12, 192e9, source="no price known here"),
+}
+REPORTED = {"ling-plus": (6.35e6, 5.08e6)}                       # RMB for 1T tokens [Ling1]: on D, and on a "lower-specification system" it does not name
+
+
+def this_device(team):
+    """The Device this process runs on. A CPU's peak is measured, in a tenth of a second."""
+    if team.device.type == "cpu":
+        a, b, times = torch.randn(1024, 1024), torch.randn(1024, 1024), []
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        return Device(2 * 1024 ** 3 / min(times), team.memory)
+    name = torch.cuda.get_device_name(team.device) if team.device.type == "cuda" else ""
+    known = (d for key, d in DEVICES.items() if len(key) > 1 and all(re.search(rf"\b{part}\b", name) for part in key.split("-")))
+    return next(known, Device(None, team.memory))._replace(memory=team.memory)
+
+
+def choose_devices(names):
+    """"h200,mine=989/141/2.5", "all" or "" -> {name: Device}. Raises BadInput."""
+    known, chosen = {key.lower(): key for key in DEVICES}, {}
+    for name in names.split(",") if names and names != "all" else DEVICES:
+        own = re.fullmatch(r"(\w+)=([\d.]+)/([\d.]+)/([\d.]+)", name)
+        require(own or name.lower() in known, f"--device {name}: a plan knows {', '.join(DEVICES)}; describe others as NAME=TFLOPS/GB/PRICE, as in mine=989/141/2.5")
+        chosen |= {own[1]: Device(float(own[2]) * 1e12, float(own[3]) * 1e9, float(own[4]), "", "yours")} if own else {known[name.lower()]: DEVICES[known[name.lower()]]}
+    return chosen
+
+
+def resident(most=False, reset=False):
+    """Bytes of memory this process holds, or held at most since the last reset; None where the system does not say (Linux does)."""
+    with contextlib.suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(rf"Vm{'HWM' if most else 'RSS'}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def peak_memory(needs, train, base):
+    """Bytes at the worst moment, of memory_per_rank's components: on a CPU (base: what the process held before) the forward pass once a copy
+    for saving is staged; on an accelerator (None) without that copy."""
+    state, passing, staged = needs["weights"] + needs["optimizer"], needs["gradients"] + needs["in flight"] + needs["activations"], needs["host copy for saving"]
+    if base is None:
+        return state + passing
+    # What malloc keeps in holes, and reading the corpus: fitted to runs of 0.6 to 3.5 GB with glibc, see the README for how well.
+    heap = 100e6 + 0.4 * needs["activations"]
+    midway = 0 < train.save_every < train.steps
+    return base + heap + state + (passing + staged if midway else max(passing, staged))
+
+
+def forecast(train, config, team, base):
+    """What a plan says of a run on this machine -> {"memory" bytes, "tokens_per_s", "peak", "price"}, None for what cannot be said."""
+    device, cpu = this_device(team), team.device.type == "cpu"
+    needs = memory_per_rank(config, count_params(config), team.size, train.replicate or 1, train.ep or 1, train.micro_batch_tokens, train.recompute, 4 if cpu else 2)
+    speed = device.peak and train.mfu * device.peak * team.size / flops_per_token(config, train.seq_len)
+    return {"memory": None if cpu and not base else peak_memory(needs, train, base if cpu else None), "tokens_per_s": speed, "peak": device.peak,
+            "price": device.price, "currency": device.currency}
+
+
+def settle(run, train, config, team, promised, tokens, seconds):
+    """At the end of a run: what the plan said against what happened, printed and kept in plan.json."""
+    memory = resident(most=True) if team.device.type == "cpu" else torch.get_device_module(team.device).max_memory_allocated(team.device)
+    speed, flops = tokens / seconds, flops_per_token(config, train.seq_len)
+    cost = promised["price"] and promised["price"] * team.size / 3600
+    happened = {"memory": memory, "tokens_per_s": speed, "mfu": promised["peak"] and speed * flops / (promised["peak"] * team.size), "seconds": seconds, "tokens": tokens}
+    write_json(run / "plan.json", {"planned": {**promised, "mfu": train.mfu}, "happened": happened})
+    said = []
+    if memory and promised["memory"]:
+        said.append(f"memory {promised['memory'] / 1e9:.2f} GB, was {memory / 1e9:.2f} ({memory / promised['memory'] - 1:+.0%})")
+    if promised["tokens_per_s"]:
+        said.append(f"{promised['tokens_per_s']:,.0f} tokens/s at MFU {train.mfu:.2f}, were {speed:,.0f} (MFU {happened['mfu']:.2f} of {promised['peak'] / 1e9:,.0f} GFLOP/s)")
+        said += [f"{promised['currency']} {cost * tokens / promised['tokens_per_s']:.2f}, was {cost * seconds:.2f}"] if cost else []
+    print("planned: " + "; ".join(said or ["nothing that could be measured here"]))
+
+
+def short(n, digits=3, billion="B"):
+    """1230000 -> 1.23M; billion: the letter for 1e9, G for bytes and FLOPs."""
+    scale, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")) if n >= s), (1, ""))
+    return f"{n / scale:.{max(0, digits - len(str(int(n / scale))))}f}{unit}" if n >= 1 else f"{n:.2g}"
+
+
+def scaling_law(compute):
+    """[SL] arXiv 2507.17702: the best learning rate and batch size (tokens) for so many FLOPs, non-embedding compute C = M * tokens."""
+    return 1.1576 * compute ** -0.1529, 0.0694 * compute ** 0.3644
+
+
+def law_flops(config, seq_len):
+    """M of [SL]: FLOPs a token without embedding and head, attention uncut by causality. With it, C of Ling 2.0's models comes out as published."""
+    return 6 * count_params(config)["active_non_embedding"] + 12 * config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_dim
+
+
+def leverage(config, compute):
+    """[SL] efficiency leverage: how much more compute a dense model needs for the same loss. A^(a + d log10 C + g (log2 G)^2 + b log2 G) with
+    A the part of experts that is active, G = 2 D / F; the bases of the logarithms are inferred from the optimum the paper states."""
+    active = (config.num_experts_per_tok + config.num_shared_experts) / (config.num_experts + config.num_shared_experts) + 0.0163
+    G = math.log2(2 * config.hidden_size / config.moe_intermediate_size)
+    return active ** (1.23 - 7.61e-2 * math.log10(compute) + 1.67e-2 * G ** 2 - 1.17e-1 * G)
+
+
+def extrapolated(compute):
+    return "" if 1.3e23 <= compute <= 6.6e24 else "   (extrapolated: Ling 2.0's choices confirm the law from 1.4e23 to 6.5e24 FLOPs)"
+
+
+def budget(train, config):
+    """Print what to do with --budget FLOPs."""
+    C, M, S = train.budget, law_flops(config, train.seq_len), train.seq_len
+    lr, batch = scaling_law(C)
+    rounded = max(1, round(batch / S)) * S
+    print(f"C = {C:.4g} FLOPs, by the scaling laws of Ling, arXiv 2507.17702{extrapolated(C)}\n"
+          f"  learning rate  1.1576 C^-0.1529 = {lr:.4g}\n  batch size     0.0694 C^0.3644 = {batch:,.0f} tokens, {batch / S:,.1f} sequences of {S}\n"
+          f"  tokens         C / M = {short(C / M)}, M = {short(M, billion='G')}FLOP a token (6 N + 12 L s H d, no embedding) for --preset {train.preset}\n"
+          f"  leverage       {leverage(config, C):.2f} times the compute for a dense model of the same loss\n"
+          f"next: python train.py --preset {train.preset} --seq_len {S} --batch_tokens {rounded} --lr {lr:.4g} --steps {max(1, math.ceil(C / M / rounded))}")
+
+
+def plan(train, config, base):
+    """Print what training this would take. Nothing is allocated but, for this machine's speed, two small matrices."""
+    table, counts, S, tokens = components(config, train.seq_len), count_params(config), train.seq_len, train.steps * train.batch_tokens
+    flops = sum(row.flops for row in table.values())
+    print(f"{'component':18}{'parameters':>20}{'active':>18}{'FLOPs a token':>20}")
+    for name, row in sorted(table.items(), key=lambda entry: -entry[1].flops):
+        print(f"{name:18}{row.total:20,}{row.active:18,}{row.flops:20,}")
+    print(f"{'all' if 'mtp' not in table else 'all but mtp':18}{counts['total']:20,}{counts['active']:18,}{flops:20,}{' (mtp included)' * ('mtp' in table)}\n"
+          f"{'':18}{short(counts['total'], 4):>20}{short(counts['active'], 4):>18}{short(flops, 4, 'G'):>20}")
+    C, kv = law_flops(config, S) * tokens, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    lr, batch = scaling_law(C)
+    print(f"\n{short(tokens)} tokens in sequences of {S}: {flops * tokens:.3g} FLOPs\nbatch and learning rate by scaling law: {batch / S:,.0f} sequences ({short(batch)} tokens), "
+          f"{lr:.3g}; leverage {leverage(config, C):.1f}{extrapolated(C)}\n"
+          f"sampling: {short(2 * kv)}B of keys and values a token in bf16, {short(2 * kv * config.max_position_embeddings, billion='G')}B for {config.max_position_embeddings:,}")
+
+    # memory: of this machine, and of each device with the fewest ranks (a power of two), then the least recomputation, that leave a tenth free
+    here, rows, times, ways = Team(""), [], [], ("none", "moe", "block")
+    for name, device in {"here": this_device(here), **choose_devices(train.device)}.items():
+        cpu = name == "here" and here.device.type == "cpu"
+        for ranks, how in product([train.ranks] if train.ranks else [1] if name == "here" else [1 << i for i in range(13)], ways[ways.index(train.recompute):]):
+            team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory, device=torch.device("cpu" if cpu else "cuda"))
+            layout = choose_layout(train, config, team, counts)[0] if ranks > 1 else dataclasses.replace(train, replicate=1, ep=1)
+            needs = {way: memory_per_rank(config, counts, ranks, layout.replicate, layout.ep, train.micro_batch_tokens, way, 4 if cpu else 2) for way in ways}
+            if (most := peak_memory(needs[how], train, base if cpu else None)) < 0.9 * device.memory:
+                break
+        rows.append([name, ranks, layout.replicate, layout.ep, how, *(f"{needs[how][kind] / 1e9:.3g}" for kind in ("weights", "gradients", "optimizer", "in flight")),
+                     *(f"{needs[way]['activations'] / 1e9:.3g}" for way in ways), f"{most / 1e9:.3g}", f"{device.memory / 1e9:.0f}" + " (too little)" * (most > 0.9 * device.memory)])
+        speed, price = device.peak and device.peak * train.mfu / flops, device.price and f"{device.price:g} {device.currency}"
+        hours = speed and tokens / speed / 3600
+        times.append([name, device.peak and f"{device.peak / 1e12:.3g}", speed and short(speed), hours and short(hours), hours and f"{short(hours / ranks)} on {ranks}", price,
+                      hours and price and f"{short(hours * device.price)} {device.currency}", device.source])
+    print(f"\nGB a rank by --recompute, with micro-batches of {train.micro_batch_tokens} tokens (under none, moe and block: activations; a CPU's sum holds the process and the copy for saving, too)")
+    columns(["device", "ranks", "replicate", "ep", "recompute", "weights", "gradients", "moments", "in flight", "none", "moe", "block", "sum", "has"], rows)
+    print(f"\nat --mfu {train.mfu} of the peak")
+    columns(["device", "TFLOP/s", "tokens/s each", "device-hours", "hours", "price an hour", "cost", "price by"], times)
+    if train.preset in REPORTED:
+        dear, less = (rmb * tokens / 1e12 for rmb in REPORTED[train.preset])
+        print(f"\nThe report: {short(dear)} RMB for these tokens on D, {short(less)} on a \"lower-specification system\" it does not name ({less / dear - 1:+.1%}). What these figures mean, by device:")
+        rows = []
+        for name, device in ((name, device) for name, device in DEVICES.items() if device.currency == "RMB"):
+            row = [name]
+            for rmb in (dear, less):
+                hours = rmb / device.price
+                row += [f"{short(rmb)} RMB", short(hours), f"{flops * tokens / 3600 / hours / device.peak:.1%}"]
+            rows.append(row)
+        columns(["device", "cost", "device-hours", "needs MFU", "cost", "device-hours", "needs MFU"], rows)
+
+
+def columns(heads, rows):
+    """Print a table, all but the first and last column to the right."""
+    rows = [["-" if cell is None else str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. What runs show: pictures of one, comparisons of many
+
+def pyplot(size, across=1, down=1):
+    """matplotlib's figure and axes (down, across). Raises BadInput where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure                     # no pyplot: nothing opens a window
+    except ImportError:
+        raise BadInput("pictures need matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=size, dpi=90, layout="constrained")
+    return figure, figure.subplots(down, across, squeeze=False)
+
+
+def save_picture(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f"  {path}")
+
+
+def kind_of(token):
+    """What sort of text a token's bytes are."""
+    text = token.decode("utf-8", "replace")
+    word = text.strip(" ").isidentifier() and not text.strip(" ").isdigit()
+    return ("space" if text.isspace() else "word" if word and text[0] == " " else "part of a word" if word else "digits" if text.strip().isdigit() else
+            "no whole character" if "\ufffd" in text else "signs")
+
+
+@torch.no_grad()
+def routing_by_kind(run, train, config):
+    """Of the newest checkpoint, on held-out text -> kinds of tokens, and rows routed (kinds, MoE layers, E) int64."""
+    model, tokenizer = Ling.from_pretrained(run), load_tokenizer(str(run))
+    names = [kind_of(tokenizer.bytes_of(t)) for t in range(config.vocab_size)]
+    kinds = [kind for kind, _ in Counter(names).most_common()]
+    kind_at, load = torch.tensor([kinds.index(name) for name in names]), 0
+    for x, y in Data(read_data(run, train, config), train).held_out(max(1, train.micro_batch_tokens // train.seq_len), "cpu"):
+        load = load + torch.stack([model(x, torch.where((y >= 0) & (kind_at[x] == i), x, -1)).load for i in range(len(kinds))])     # ignored targets count in no load
+    return kinds, load
+
+
+def draw(run):
+    """Pictures of a run: loss, load of every layer's experts, spikes, what it costs elsewhere, and which tokens go to which experts."""
+    require((run / "metrics.jsonl").exists(), f"--plot {run}: no metrics.jsonl there; train first")
+    records, train, config = [*read_lines(run / "metrics.jsonl")], read_json(run / "train.json"), read_config(run)
+    train = TrainConfig(**{f.name: train[f.name] for f in dataclasses.fields(TrainConfig) if f.name in train})
+    steps, scores = [r for r in records if r.get("ce") is not None], [r for r in records if "val_ce" in r]
+    require(steps, f"--plot {run}: no steps in metrics.jsonl yet")
+    tokens, loss = np.array([r["tokens"] for r in steps]), np.array([r["ce"] for r in steps])
+    minutes = np.cumsum(np.diff(tokens, prepend=0) / np.array([r["tokens_per_s"] for r in steps])) / 60         # of training; no evaluation, no pause
+    at, events = {r["step"]: i for i, r in enumerate(steps)}, [*read_lines(run / "ledger.jsonl")]
+    print("drawn:")
+
+    figure, axes = pyplot((9, 3.2), across=2)
+    width = max(1, len(loss) // 50)
+    smooth = np.convolve(loss, np.ones(width) / width, "valid")                              # mean of the last so many steps
+    for axis, x, label in zip(axes[0], (tokens / 1e6, minutes), ("million tokens", "minutes of training")):
+        axis.plot(x, loss, color="C0", alpha=0.25, lw=0.7)
+        axis.plot(x[width - 1:], smooth, color="C0", label="training")
+        inside = [r for r in scores if r["step"] in at]
+        axis.plot([x[at[r["step"]]] for r in inside], [r["val_ce"] for r in inside], "o", color="C1", label="held out")
+        axis.set(xlabel=label, ylabel="nats per token", ylim=(None, float(np.quantile(loss, 0.98))))
+        axis.legend()
+    save_picture(figure, run / "loss.png")
+
+    loads = [r for r in steps if r.get("load")]
+    if loads:
+        load = np.array([r["load"] for r in loads], dtype=float)                             # (times, MoE layers, E)
+        load *= load.shape[2] / np.maximum(1, load.sum(2, keepdims=True))
+        figure, axes = pyplot((9, 1.2 + 1.1 * load.shape[1]), down=load.shape[1])
+        for i, axis in enumerate(axes[:, 0]):
+            image = axis.imshow(load[:, i].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=(0, loads[-1]["step"], load.shape[2] - 0.5, -0.5), interpolation="nearest")
+            axis.set(ylabel=f"MoE layer {i}\nexpert", xlabel="step" if i == load.shape[1] - 1 else None)
+        figure.colorbar(image, ax=axes, label="load over the mean")
+        save_picture(figure, run / "load.png")
+
+    figure, axes = pyplot((9, 3.2), across=2)
+    for axis, key in zip(axes[0], ("loss", "grad_norm")):
+        axis.plot([r["step"] for r in steps], [r[key] for r in steps], lw=0.7)
+        for verdict, color in (("narrow", "C2"), ("lower", "C1"), ("skip", "C3")):
+            hits = [event for event in events if event["verdict"] == verdict and event.get(key) is not None]
+            axis.plot([e["step"] for e in hits], [e[key] for e in hits], "v", color=color, label=f"{verdict}: {sum(e['verdict'] == verdict for e in events)}")
+        axis.set(xlabel="step", ylabel=key, yscale="log")
+        axis.legend(title="spikes")
+    save_picture(figure, run / "spikes.png")
+
+    flops = flops_per_token(config, train.seq_len) * float(tokens[-1])
+    rows = [[name, f"{d.peak / 1e12:g}", f"{d.price:g} {d.currency}", short(flops / d.peak / train.mfu / 3600), short(flops / d.peak / train.mfu / 3600 * d.price) + " " + d.currency]
+            for name, d in DEVICES.items() if d.price]
+    figure, ((axis,),) = pyplot((7, 0.6 + 0.26 * len(rows)))
+    axis.axis("off")
+    axis.set_title(f"{flops:.3g} FLOPs at MFU {train.mfu}", fontsize=10)
+    axis.table(rows, colLabels=["device", "TFLOP/s", "an hour", "device-hours", "cost"], loc="center")
+    save_picture(figure, run / "cost.png")
+
+    if config.num_hidden_layers > config.first_k_dense_replace and any(run.glob("step_*")):
+        kinds, load = routing_by_kind(run, train, config)
+        kinds, load = zip(*((kind, rows.double()) for kind, rows in zip(kinds, load) if rows.sum()))
+        share = torch.stack([rows / rows.mean(1, keepdim=True) for rows in load])            # (kinds, MoE layers, E)
+        figure, axes = pyplot((9, 1.0 + 0.25 * len(kinds) * share.shape[1]), down=share.shape[1])
+        for i, axis in enumerate(axes[:, 0]):
+            image = axis.imshow(share[:, i], aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+            axis.set(title=f"MoE layer {i}", xlabel="expert" if i == share.shape[1] - 1 else None)
+            axis.set_yticks(range(len(kinds)), kinds)
+        figure.colorbar(image, ax=axes, label="share over an even one")
+        save_picture(figure, run / "routing.png")
+
+
+def train_all(root, jobs):
+    """Train {name: flags} into root/name, each by a process of its own: on a CPU as many at once as there are cores, with a thread each;
+    on an accelerator one after the other. What is finished is kept, what was stopped goes on. -> {name: records of its metrics.jsonl}"""
+    cpu, start, alive = pick_device("").type == "cpu", time.monotonic(), {}
+    environment = {**os.environ, "LING_PARENT": str(os.getpid()), **({"OMP_NUM_THREADS": "1"} if cpu else {})}     # when we are gone they save and stop
+    root.mkdir(parents=True, exist_ok=True)
+
+    def work(name):
+        run, log = root / name, root / f"{name}.log"
+        with open(log, "wb") as output:
+            alive[name] = subprocess.Popen([sys.executable, __file__, "--out", str(run), "--keep", "1", *jobs[name]], stdin=subprocess.DEVNULL, stdout=output,
+                                           stderr=output, env=environment)
+        code, records = alive[name].wait(), [*read_lines(run / "metrics.jsonl")]
+        require(code == 0, f"{run} failed, see {log}: {' '.join(log.read_text(errors='replace').splitlines()[-1:])}; mend it and run the same command again")
+        require(records and "val_bpb" in records[-1], f"{run} was stopped; the same command goes on")
+        print(f"{(time.monotonic() - start) / 60:6.1f} min  {name}: {records[-1]['val_bpb']:.4f} bits per byte", flush=True)
+        return records
+
+    pool, before = ThreadPoolExecutor((os.cpu_count() or 1) if cpu else 1), signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return dict(zip(jobs, pool.map(work, jobs)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in [*alive.values()]:
+            process.terminate()                                  # saves; nothing, to one that has finished
+        pool.shutdown()
+        signal.signal(signal.SIGTERM, before)
+
+
+SEEDS = 3
+
+
+def study(train, given):
+    """--study: flags that were given besides go to every run."""
+    root, picture = Path(train.out or f"runs/{train.study}"), Path(train.out or "assets") / f"{train.study}.png"
+    common = {name: value for name, value in given.items() if name not in ("study", "out", "budget", "fresh")}
+
+    def flags(**fields):
+        for name, value in {**fields, **common}.items():
+            yield "--" + "no-" * (value is False) + name
+            yield from [] if isinstance(value, bool) else map(str, value) if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+    show = {"lever": lever, "routers": routers}[train.study](root, train, lambda **fields: [*flags(**fields)])
+    try:
+        show(picture)
+    except BadInput as error:                                    # no matplotlib
+        print(f"no picture: {error}")
+
+
+def lever(root, train, flags):
+    """MoE and dense models of equal FLOPs a token, over budgets from an eighth of --budget (the toy's) up. Width goes with the fourth root of
+    the budget, so that tokens and active parameters grow alike; batch and learning rate go from the toy's by the exponents of [SL]."""
+    toy, jobs, rows = dict(vocab_size=2048, **PRESETS["toy"]), {}, []
+    top = train.budget or flops_per_token(LingConfig(**toy), train.seq_len) * 1000 * 4096
+    for part, seed, dense in product((1, 1 / 2, 1 / 4, 1 / 8), range(SEEDS), (False, True)):
+        width, batch = 16 * round(8 * part ** 0.25), train.seq_len * max(1, round(4096 / train.seq_len * part ** 0.3644))
+        shape = dict(hidden_size=width, moe_intermediate_size=width // 2)
+        cost = batch * flops_per_token(LingConfig(**(dense_twin(toy | shape) if dense else toy | shape)), train.seq_len)
+        steps = max(1, round(top * part / cost))
+        name = f"{'dense' if dense else 'moe'}-{top * part:.2e}-seed{seed}"
+        jobs[name] = flags(**shape, dense=dense, seed=seed, batch_tokens=batch, micro_batch_tokens=batch, steps=steps, lr=2.5e-3 * part ** -0.1529, eval_every=0)
+        rows.append([dense, part, steps * cost])
+    print(f"lever: {len(jobs)} runs, {sum(row[2] for row in rows):.2g} FLOPs in all, into {root}", flush=True)
+    rows = [(*row, records[-1]["val_bpb"]) for row, records in zip(rows, train_all(root, jobs).values())]      # dense, part, FLOPs, bits per byte
+    parts = sorted({part for _, part, *_ in rows})
+    budgets = top * np.array(parts)
+    of = lambda dense, rows=rows: np.array([(C, bpb) for d, _, C, bpb in rows if d == dense]).T
+    fit = lambda dense, rows: np.polyfit(*np.log(of(dense, rows)), 1)                        # log loss = a log C + b
+
+    def levers(rows):
+        """C of a dense model over C of an MoE, at each budget, for the loss that the MoE reaches there."""
+        moe, (slope, offset) = fit(False, rows), fit(True, rows)
+        return np.exp((np.polyval(moe, np.log(budgets)) - offset) / slope) / budgets
+    groups, draw_from = [[row for row in rows if row[:2] == key] for key in sorted({row[:2] for row in rows})], np.random.default_rng(0)
+    draws = [levers([group[i] for group in groups for i in draw_from.integers(len(group), size=len(group))]) for _ in range(1000)]
+    best, (low, high) = levers(rows), np.quantile(draws, (0.05, 0.95), axis=0)               # bootstrap, over the seeds of each budget
+    law = [leverage(LingConfig(**toy), C) for C in budgets]
+    seeds = lambda dense, part: [bpb for d, p, _, bpb in rows if (d, p) == (dense, part)]
+    columns(["FLOPs", f"MoE, bits per byte of {SEEDS} seeds", "dense", "lever", "90 % of bootstraps", "by the law, extrapolated"], [
+        [f"{C:.2e}", *(f"{statistics.mean(values):.4f} ({min(values):.3f} to {max(values):.3f})" for values in (seeds(False, part), seeds(True, part))),
+         f"{best[i]:.2f}", f"{low[i]:.2f} to {high[i]:.2f}", f"{law[i]:.2f}"] for i, (part, C) in enumerate(zip(parts, budgets))])
+    write_json(root / "lever.json", {"budgets": budgets.tolist(), "lever": best.tolist(), "low": low.tolist(), "high": high.tolist(), "runs": dict(zip(jobs, rows))})
+
+    def show(path):
+        figure, ((left, right),) = pyplot((9, 3.6), across=2)
+        for dense, color in ((False, "C0"), (True, "C1")):
+            left.plot(*of(dense), "o", color=color, label="dense" if dense else "MoE", ms=4)
+            left.plot(budgets, np.exp(np.polyval(fit(dense, rows), np.log(budgets))), color=color)
+        left.set(xscale="log", xlabel="FLOPs", ylabel="held-out bits per byte", title="equal FLOPs a token")
+        left.legend()
+        C = np.geomspace(1e12, 1e24, 50)
+        right.errorbar(budgets, best, (np.maximum(0, best - low), np.maximum(0, high - best)), fmt="o", ms=4, label="measured here")
+        right.plot([1e21, 1e24], [3, 3.5], "s", label="Ling 1's report: about 3, above 3.5")
+        for preset, style in (("toy", ":"), ("ling-mini-2.0", "--")):
+            right.plot(C, [leverage(LingConfig(**PRESETS[preset]), x) for x in C], style, color="gray", label=f"law of 2507.17702, {preset}")
+        right.set(xscale="log", yscale="log", xlabel="FLOPs", title="lever: compute of dense over MoE, equal loss", yticks=[1, 2, 4, 8], yticklabels=[1, 2, 4, 8])
+        right.legend(fontsize=7)
+        save_picture(figure, path)
+    return show
+
+
+SOFTMAX = dict(score_function="softmax", moe_router_enable_expert_bias=False, router_aux_loss_coef=0.03, router_z_loss_coef=1e-4)
+ROUTERS = {                      # the toy, but for its router
+    "sigmoid, never balanced": dict(moe_router_enable_expert_bias=False), "sigmoid, bias (Ling 2)": {}, "sigmoid, bias, 2 of 4 groups": dict(n_group=4, topk_group=2),
+    "softmax, balance loss": SOFTMAX, "softmax, balance loss, warm-up (Ling 1)": SOFTMAX | dict(router_warmup_steps=75)}
+
+
+def routers(root, train, flags):
+    """The toy with other routers: held-out loss, the worst layer's load over time, time a step."""
+    jobs = {f"{re.sub('[^a-z0-9]+', '-', label.lower())}-seed{seed}": flags(**router, seed=seed, steps=train.steps, eval_every=0)
+            for label, router in ROUTERS.items() for seed in range(SEEDS)}
+    results, table, curves = [*train_all(root, jobs).values()], [], {}
+    for i, label in enumerate(ROUTERS):
+        runs = results[i * SEEDS:(i + 1) * SEEDS]
+        bpb, steps = [run[-1]["val_bpb"] for run in runs], [[r for r in run if "loss" in r] for run in runs]
+        curve = curves[label] = np.mean([[r["imbalance"] for r in run] for run in steps], axis=0)
+        tenth = max(1, len(curve) // 10)
+        ms = statistics.median(1e3 * (b["tokens"] - a["tokens"]) / b["tokens_per_s"] for run in steps for a, b in pairwise(run))
+        table.append([label, f"{statistics.mean(bpb):.4f} ({min(bpb):.3f} to {max(bpb):.3f})", *(f"{part.mean():.2f}" for part in (curve[:tenth], curve[tenth:-tenth], curve[-tenth:])),
+                      f"{ms:.0f}"])
+    columns(["router", f"bits per byte of {SEEDS} seeds", "load, first tenth", "between", "last tenth", "ms a step"], table)
+
+    def show(path):
+        figure, ((axis,),) = pyplot((7, 3.4))
+        for label, curve in curves.items():
+            width = max(1, len(curve) // 40)
+            axis.plot(np.convolve(curve, np.ones(width) / width, "valid"), label=label)
+        axis.set(xlabel="step", ylabel="worst layer's load over the mean", yscale="log")
+        axis.legend(fontsize=8)
+        save_picture(figure, path)
+    return show
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. The run
 
 def build(train, config, team, resumed):
     """The model on its device and in its layout, with its first weights, or none yet if the run is resumed."""
@@ -1284,8 +1748,9 @@ def build(train, config, team, resumed):
     return model
 
 
-def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
+def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, promised):
     device = team.device
+    resident(reset=True)
     data, first_sample = Data(arrays, train), batch_schedule(train)
     token_bytes = token_sizes(tokenizer, config, device)
     model = build(train, config, team, resumed)
@@ -1306,7 +1771,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     ahead = about["ahead"][team.replica] if apart else 0
     if any(lost := about.get("ahead", [])) and not apart:
         warnings.warn(f"the {len(lost)} copies were {lost} steps ahead of step {step}; those ahead see these samples again, and some are not seen", stacklevel=2)
-    params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), peak_flops(device)
+    params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), promised["peak"] if device.type != "cpu" else None
     rows = train.micro_batch_tokens // train.seq_len
     # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
@@ -1325,7 +1790,13 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     signals = {number: signal.signal(number, on_signal) for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"))
                if number is not None}
     metrics, status = open(run / "metrics.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0), Status()
-    log = lambda record: metrics.write(json.dumps(record).encode() + b"\n")                  # a line at once, or not at all
+    board = tensorboard(run / "tensorboard") if train.tensorboard and team.rank == 0 else None
+
+    def log(record):
+        metrics.write(json.dumps(record).encode() + b"\n")       # a line at once, or not at all
+        for key, value in record.items() if board else ():
+            if isinstance(value, (int, float)) and key != "step":
+                board.add_scalar(key, value, record["step"])
     ledger = open(run / "ledger.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0)
     if not train.compile:
         AllToAll.timer = lambda: trace.inside("exchange")
@@ -1333,6 +1804,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     saver = Saver(run, state, team, watch, train.keep)
     saver.saved, seconds_mean, stopping = step if resumed else None, None, False
     round_start, told = time.perf_counter(), None
+    began, tokens_before = round_start, tokens_done
     tally, round_load, before = Counter(), torch.zeros_like(load), step
     describe = lambda: {"tokens": tokens_done, "spikes": [each["spikes"] for each in told], "ahead": [each["cursor"] - step for each in told]} | (
         {"edit": edit.state()} if edit else {})
@@ -1443,6 +1915,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             load.copy_(team.sum(round_load, team.across))        # first: behind the sums of the layers it would wait
             told, weights = edit.sync(*told)
             watch.count = max(each["at"] for each in told)
+        crossed = lambda every: every and step // every > before // every
         totals = sum((Counter(each["tally"]) for each in told), Counter())
         step, stopping = sum(each["cursor"] for each in told) // len(told), any(each["asked"] for each in told)
         ahead = told[team.replica if alone else 0]["cursor"] - step
@@ -1450,6 +1923,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
         log({"step": step, "tokens": tokens_done, **{key: totals[key] / totals["finite"] if totals["finite"] else None for key in (*parts, "grad_norm")},
              "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": speed, "mfu": speed * flops / (peak * team.size) if peak else None,
              "imbalance": float(uneven_load(round_load).max()), "skipped": totals["skipped"]} |
+            ({"load": round_load.tolist()} if len(load) and (step >= train.steps or crossed(max(1, train.steps // 100))) else {}) |
             ({"steps": [each["tally"]["steps"] for each in told], "weights": weights.mean(1).tolist()} if alone else {}))
         for replica, each in enumerate(told):
             for event in each["events"]:
@@ -1461,7 +1935,6 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             raise BadInput(hopeless)
 
         # 8. evaluate, checkpoint
-        crossed = lambda every: every and step // every > before // every
         if alone and (stopping or step >= train.steps or crossed(train.save_every)):
             edit.arrive(last=len(edit.units))
         if step >= train.steps or crossed(train.eval_every):
@@ -1474,6 +1947,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
             saver.save(step, describe())
         before, round_start = step, time.perf_counter()
 
+    seconds = time.perf_counter() - began
     watch.at(step, "last checkpoint")
     saver.finish(step, describe())
     trace.step(step, train.profile, last=True)
@@ -1481,12 +1955,16 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout):
     AllToAll.timer = contextlib.nullcontext
     metrics.close()
     ledger.close()
+    if board:
+        board.close()
     for number, handler in signals.items():
         signal.signal(number, handler)
     if step < train.steps:
         why = ", ".join(signal.Signals(number).name for number in stop) or "another rank was stopped"
         status.note(f"{why}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
         return 0
+    if team.rank == 0 and seconds > 0:
+        settle(run, train, config, team, promised, tokens_done - tokens_before, seconds)
     if team.size == 1:                                           # a sharded model would gather all its weights for every token
         prompt = "" if train.data else "def read"
         text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.8, min_p=0.05, stop_ids=(tokenizer.end,))
@@ -1571,7 +2049,19 @@ def main(argv=None):
     given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
     if given_train.get("report"):
         return report(given_train["report"])
+    if given_train.get("plot"):
+        return draw(Path(given_train["plot"]))
+    if given_train.get("study"):
+        return study(TrainConfig(**given_train), given_train | given_model)
+    base, looking = resident(), given_train.get("plan") or given_train.get("budget")
+    if looking:
+        given_train = {"fresh": "out" not in given_train, **given_train}                     # a run that is there already is no obstacle
+        if "vocab_size" in PRESETS[given_train.get("preset", "toy")]:                        # a release: as it was trained
+            given_train = {"seq_len": 4096, **({} if "steps" in given_train else {"tokens": 1e12}), **given_train}
     run, train, config, continues = resolve(given_train, given_model)
+    if looking:
+        config = with_vocabulary(train, config, given_model) if not continues else config
+        return budget(train, config) if train.budget else plan(train, config, base)
     if train.export or train.merge:
         train = dataclasses.replace(train, sync="step")
     team, layout, asked = Team(train.device), "", train          # what was asked for is what a run keeps: another number of ranks fills it in anew
@@ -1596,7 +2086,7 @@ def main(argv=None):
     else:
         team.first(lambda: start_run(run, asked, config, given_model, continues, team.replicas) or trim_logs(run, step))
         config = read_config(run)
-        train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout)
+        train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout, forecast(train, config, team, base))
     team.close()
     return 0
 
