@@ -2074,7 +2074,7 @@ def test_pictures_of_a_run(folder):
         assert code == 2 and "pip install matplotlib" in err
     else:
         assert code == 0, err
-        assert {path.stem for path in run.glob("*.png")} == {"loss", "load", "spikes", "cost", "routing"}
+        assert {path.stem for path in run.glob("*.png")} == {"loss", "load", "cost", "routing"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1533,7 +1533,7 @@ def routing_by_kind(run, train, config):
 
 
 def draw(run):
-    """Pictures of a run: loss, load of every layer's experts, spikes, what it costs elsewhere, and which tokens go to which experts."""
+    """Pictures of a run: loss and spikes, load of every layer's experts, what it costs elsewhere, and which tokens go to which experts."""
     require((run / "metrics.jsonl").exists(), f"--plot {run}: no metrics.jsonl there; train first")
     records, train, config = [*read_lines(run / "metrics.jsonl")], read_json(run / "train.json"), read_config(run)
     train = TrainConfig(**{f.name: train[f.name] for f in dataclasses.fields(TrainConfig) if f.name in train})
@@ -1552,6 +1552,9 @@ def draw(run):
         axis.plot(x[width - 1:], smooth, color="C0", label="training")
         inside = [r for r in scores if r["step"] in at]
         axis.plot([x[at[r["step"]]] for r in inside], [r["val_ce"] for r in inside], "o", color="C1", label="held out")
+        for verdict, color in (("narrow", "C2"), ("lower", "C4"), ("skip", "C3")):           # the ledger
+            hits = [event for event in events if event["verdict"] == verdict and event["logged"] in at]
+            axis.plot([x[at[event["logged"]]] for event in hits], [loss[at[event["logged"]]] for event in hits], "v", color=color, label=f"{len(hits)} spikes: {verdict}")
         axis.set(xlabel=label, ylabel="nats per token", ylim=(None, float(np.quantile(loss, 0.98))))
         axis.legend()
     save_picture(figure, run / "loss.png")
@@ -1566,16 +1569,6 @@ def draw(run):
             axis.set(ylabel=f"MoE layer {i}\nexpert", xlabel="step" if i == load.shape[1] - 1 else None)
         figure.colorbar(image, ax=axes, label="load over the mean")
         save_picture(figure, run / "load.png")
-
-    figure, axes = pyplot((9, 3.2), across=2)
-    for axis, key in zip(axes[0], ("loss", "grad_norm")):
-        axis.plot([r["step"] for r in steps], [r[key] for r in steps], lw=0.7)
-        for verdict, color in (("narrow", "C2"), ("lower", "C1"), ("skip", "C3")):
-            hits = [event for event in events if event["verdict"] == verdict and event.get(key) is not None]
-            axis.plot([e["step"] for e in hits], [e[key] for e in hits], "v", color=color, label=f"{verdict}: {sum(e['verdict'] == verdict for e in events)}")
-        axis.set(xlabel="step", ylabel=key, yscale="log")
-        axis.legend(title="spikes")
-    save_picture(figure, run / "spikes.png")
 
     flops = flops_per_token(config, train.seq_len) * float(tokens[-1])
     rows = [[name, f"{d.peak / 1e12:g}", f"{d.price:g} {d.currency}", short(flops / d.peak / train.mfu / 3600), short(flops / d.peak / train.mfu / 3600 * d.price) + " " + d.currency]
