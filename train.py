@@ -664,12 +664,8 @@ def choose_layout(train, config, team, counts=None):
         require(replicate > 1, f"--sync edit needs at least two copies that train on their own; {world} ranks with --replicate {replicate} are one")
         inner = world // replicate                               # each copy is FSDP over its ranks
         require(inner % max(1, ep) == 0, f"--ep {ep} must divide the {inner} ranks of each of the {replicate} copies")
-        needs = memory_per_rank(config, counts, inner, 1, ep or 1, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
-        needs["anchor, outer momentum, change"] = 3 * needs["weights"]
-        needs["host copy for saving"] += needs["weights"]
-        return dataclasses.replace(train, replicate=replicate, ep=ep or 1), (
-            f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}\n        GB a rank, counted: " +
-            ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items()))
+        train, reasons = dataclasses.replace(train, replicate=replicate, ep=ep or 1), [f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}"]
+        return train, counted(reasons, needs_of(train, config, counts, world, team.device.type == "cpu"))
     if not replicate:
         needs = {r: sum(memory_per_rank(config, counts, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
                  for r in (world, world // team.local_size, 1)}
@@ -682,9 +678,23 @@ def choose_layout(train, config, team, counts=None):
         ep = math.gcd(team.local_size, E) if moe and replicate < world and send < gather else 1
         reasons.append(f"ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
                        f"a layer sends {send / 1e6:.0f} MB of tokens, or gathers {gather / 1e6:.0f} MB of experts"))
-    needs = memory_per_rank(config, counts, world, replicate, ep, train.micro_batch_tokens, train.recompute, 4 if team.device.type == "cpu" else 2)
-    return dataclasses.replace(train, replicate=replicate, ep=ep), "\n        ".join(
-        [f"{world} ranks, --replicate {replicate} --ep {ep}", *reasons, "GB a rank, counted: " + ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items())])
+    train = dataclasses.replace(train, replicate=replicate, ep=ep)
+    return train, counted([f"{world} ranks, --replicate {replicate} --ep {ep}", *reasons], needs_of(train, config, counts, world, team.device.type == "cpu"))
+
+
+def counted(reasons, needs):
+    return "\n        ".join([*reasons, "GB a rank, counted: " + ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items())])
+
+
+def needs_of(train, config, counts, world, cpu):
+    """memory_per_rank of a run whose layout is chosen."""
+    edit = train.sync == "edit" and world > 1
+    needs = memory_per_rank(config, counts, *((world // train.replicate, 1) if edit else (world, train.replicate or 1)), train.ep or 1, train.micro_batch_tokens,
+                            train.recompute, 4 if cpu else 2)
+    if edit:
+        needs["anchor, outer momentum, change"] = 3 * needs["weights"]
+        needs["host copy for saving"] += needs["weights"]
+    return needs
 
 
 def memory_per_rank(config, counts, world, replicate, ep, tokens=0, recompute="none", bytes_each=2):
@@ -1345,10 +1355,11 @@ def this_device(team):
 def choose_devices(names):
     """"h200,mine=989/141/2.5", "all" or "" -> {name: Device}. Raises BadInput."""
     known, chosen = {key.lower(): key for key in DEVICES}, {}
-    for name in names.split(",") if names and names != "all" else DEVICES:
+    for name in names.split(",") if names not in ("", "all", "cpu", "here") else DEVICES:
         own = re.fullmatch(r"(\w+)=([\d.]+)/([\d.]+)/([\d.]+)", name)
         require(own or name.lower() in known, f"--device {name}: a plan knows {', '.join(DEVICES)}; describe others as NAME=TFLOPS/GB/PRICE, as in mine=989/141/2.5")
-        chosen |= {own[1]: Device(float(own[2]) * 1e12, float(own[3]) * 1e9, float(own[4]), "", "yours")} if own else {known[name.lower()]: DEVICES[known[name.lower()]]}
+        key = own[1] if own else known[name.lower()]
+        chosen[key] = Device(float(own[2]) * 1e12, float(own[3]) * 1e9, float(own[4]), "", "yours") if own else DEVICES[key]
     return chosen
 
 
@@ -1363,7 +1374,8 @@ def resident(most=False, reset=False):
 def peak_memory(needs, train, base):
     """Bytes at the worst moment, of memory_per_rank's components: on a CPU (base: what the process held before) the forward pass once a copy
     for saving is staged; on an accelerator (None) without that copy."""
-    state, passing, staged = needs["weights"] + needs["optimizer"], needs["gradients"] + needs["in flight"] + needs["activations"], needs["host copy for saving"]
+    staged, passing = needs["host copy for saving"], needs["gradients"] + needs["in flight"] + needs["activations"]
+    state = sum(needs.values()) - staged - passing
     if base is None:
         return state + passing
     # What malloc keeps in holes, and reading the corpus: fitted to runs of 0.6 to 3.5 GB with glibc, see the README for how well.
@@ -1375,7 +1387,7 @@ def peak_memory(needs, train, base):
 def forecast(train, config, team, base):
     """What a plan says of a run on this machine -> {"memory" bytes, "tokens_per_s", "peak", "price"}, None for what cannot be said."""
     device, cpu = this_device(team), team.device.type == "cpu"
-    needs = memory_per_rank(config, count_params(config), team.size, train.replicate or 1, train.ep or 1, train.micro_batch_tokens, train.recompute, 4 if cpu else 2)
+    needs = needs_of(train, config, count_params(config), team.size, cpu)
     speed = device.peak and train.mfu * device.peak * team.size / flops_per_token(config, train.seq_len)
     return {"memory": None if cpu and not base else peak_memory(needs, train, base if cpu else None), "tokens_per_s": speed, "peak": device.peak,
             "price": device.price, "currency": device.currency}
@@ -1383,16 +1395,18 @@ def forecast(train, config, team, base):
 
 def settle(run, train, config, team, promised, tokens, seconds):
     """At the end of a run: what the plan said against what happened, printed and kept in plan.json."""
-    memory = resident(most=True) if team.device.type == "cpu" else torch.get_device_module(team.device).max_memory_allocated(team.device)
+    allocated = getattr(torch.get_device_module(team.device), "max_memory_allocated", lambda device: None)
+    memory = resident(most=True) if team.device.type == "cpu" else allocated(team.device)
     speed, flops = tokens / seconds, flops_per_token(config, train.seq_len)
     cost = promised["price"] and promised["price"] * team.size / 3600
-    happened = {"memory": memory, "tokens_per_s": speed, "mfu": promised["peak"] and speed * flops / (promised["peak"] * team.size), "seconds": seconds, "tokens": tokens}
+    happened = {"memory": memory, "tokens_per_s": speed, "mfu": promised["peak"] and speed * flops / (promised["peak"] * team.size),
+                "seconds": seconds, "tokens": tokens}
     write_json(run / "plan.json", {"planned": {**promised, "mfu": train.mfu}, "happened": happened})
     said = []
     if memory and promised["memory"]:
         said.append(f"memory {promised['memory'] / 1e9:.2f} GB, was {memory / 1e9:.2f} ({memory / promised['memory'] - 1:+.0%})")
     if promised["tokens_per_s"]:
-        said.append(f"{promised['tokens_per_s']:,.0f} tokens/s at MFU {train.mfu:.2f}, were {speed:,.0f} (MFU {happened['mfu']:.2f} of {promised['peak'] / 1e9:,.0f} GFLOP/s)")
+        said.append(f"{promised['tokens_per_s']:,.0f} tokens/s (MFU {train.mfu:.2f}), were {speed:,.0f} ({happened['mfu']:.2f} of {short(promised['peak'], billion='G')}FLOP/s)")
         said += [f"{promised['currency']} {cost * tokens / promised['tokens_per_s']:.2f}, was {cost * seconds:.2f}"] if cost else []
     print("planned: " + "; ".join(said or ["nothing that could be measured here"]))
 
@@ -1437,60 +1451,69 @@ def budget(train, config):
           f"next: python train.py --preset {train.preset} --seq_len {S} --batch_tokens {rounded} --lr {lr:.4g} --steps {max(1, math.ceil(C / M / rounded))}")
 
 
+RECOMPUTE = ("none", "moe", "block")
+
+
+def smallest(train, config, counts, device, here, base):
+    """The fewest ranks (a power of two), then the least recomputation, that leave a tenth of a device's memory free, or the last that was
+    tried -> TrainConfig, ranks, {recompute: needs_of}, bytes at most. here: this machine, a single rank; base: what a CPU process holds."""
+    cpu, device_type = here and base is not None, "cpu" if here and base is not None else "cuda"
+    for ranks, how in product([train.ranks] if train.ranks else [1] if here else [1 << i for i in range(13)], RECOMPUTE[RECOMPUTE.index(train.recompute):]):
+        team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory, device=torch.device(device_type))
+        layout = choose_layout(train, config, team, counts)[0] if ranks > 1 else dataclasses.replace(train, replicate=1, ep=1)
+        needs = {way: needs_of(dataclasses.replace(layout, recompute=way), config, counts, ranks, cpu) for way in RECOMPUTE}
+        most = peak_memory(needs[how], train, base if cpu else None)
+        if most < 0.9 * device.memory:
+            break
+    return dataclasses.replace(layout, recompute=how), ranks, needs, most
+
+
 def plan(train, config, base):
     """Print what training this would take. Nothing is allocated but, for this machine's speed, two small matrices."""
     table, counts, S, tokens = components(config, train.seq_len), count_params(config), train.seq_len, train.steps * train.batch_tokens
-    flops = sum(row.flops for row in table.values())
-    print(f"{'component':18}{'parameters':>20}{'active':>18}{'FLOPs a token':>20}")
-    for name, row in sorted(table.items(), key=lambda entry: -entry[1].flops):
-        print(f"{name:18}{row.total:20,}{row.active:18,}{row.flops:20,}")
-    print(f"{'all' if 'mtp' not in table else 'all but mtp':18}{counts['total']:20,}{counts['active']:18,}{flops:20,}{' (mtp included)' * ('mtp' in table)}\n"
-          f"{'':18}{short(counts['total'], 4):>20}{short(counts['active'], 4):>18}{short(flops, 4, 'G'):>20}")
-    C, kv = law_flops(config, S) * tokens, 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    flops, mtp = sum(row.flops for row in table.values()), "mtp" in table
+    columns(["component", "parameters", "active", "FLOPs a token"], [
+        *([name, *(f"{n:,}" for n in row)] for name, row in sorted(table.items(), key=lambda entry: -entry[1].flops)),
+        ["all but mtp" if mtp else "all", f"{counts['total']:,}", f"{counts['active']:,}", f"{flops:,}" + " (mtp too)" * mtp],
+        ["", short(counts["total"], 4), short(counts["active"], 4), short(flops, 4, "G")]])
+    C, kv = law_flops(config, S) * tokens, 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     lr, batch = scaling_law(C)
-    print(f"\n{short(tokens)} tokens in sequences of {S}: {flops * tokens:.3g} FLOPs\nbatch and learning rate by scaling law: {batch / S:,.0f} sequences ({short(batch)} tokens), "
-          f"{lr:.3g}; leverage {leverage(config, C):.1f}{extrapolated(C)}\n"
-          f"sampling: {short(2 * kv)}B of keys and values a token in bf16, {short(2 * kv * config.max_position_embeddings, billion='G')}B for {config.max_position_embeddings:,}")
+    print(f"\n{short(tokens)} tokens in sequences of {S}: {flops * tokens:.3g} FLOPs\n"
+          f"by scaling law: batches of {batch / S:,.0f} sequences ({short(batch)} tokens), learning rate {lr:.3g}, leverage {leverage(config, C):.1f}{extrapolated(C)}\n"
+          f"sampling: {short(kv)}B of keys and values a token in bf16, {short(kv * config.max_position_embeddings, billion='G')}B for {config.max_position_embeddings:,}")
 
-    # memory: of this machine, and of each device with the fewest ranks (a power of two), then the least recomputation, that leave a tenth free
-    here, rows, times, ways = Team(""), [], [], ("none", "moe", "block")
+    here, memory, money = Team(""), [], []
+    on_cpu = here.device.type == "cpu"
     for name, device in {"here": this_device(here), **choose_devices(train.device)}.items():
-        cpu = name == "here" and here.device.type == "cpu"
-        for ranks, how in product([train.ranks] if train.ranks else [1] if name == "here" else [1 << i for i in range(13)], ways[ways.index(train.recompute):]):
-            team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory, device=torch.device("cpu" if cpu else "cuda"))
-            layout = choose_layout(train, config, team, counts)[0] if ranks > 1 else dataclasses.replace(train, replicate=1, ep=1)
-            needs = {way: memory_per_rank(config, counts, ranks, layout.replicate, layout.ep, train.micro_batch_tokens, way, 4 if cpu else 2) for way in ways}
-            if (most := peak_memory(needs[how], train, base if cpu else None)) < 0.9 * device.memory:
-                break
-        rows.append([name, ranks, layout.replicate, layout.ep, how, *(f"{needs[how][kind] / 1e9:.3g}" for kind in ("weights", "gradients", "optimizer", "in flight")),
-                     *(f"{needs[way]['activations'] / 1e9:.3g}" for way in ways), f"{most / 1e9:.3g}", f"{device.memory / 1e9:.0f}" + " (too little)" * (most > 0.9 * device.memory)])
-        speed, price = device.peak and device.peak * train.mfu / flops, device.price and f"{device.price:g} {device.currency}"
-        hours = speed and tokens / speed / 3600
-        times.append([name, device.peak and f"{device.peak / 1e12:.3g}", speed and short(speed), hours and short(hours), hours and f"{short(hours / ranks)} on {ranks}", price,
-                      hours and price and f"{short(hours * device.price)} {device.currency}", device.source])
-    print(f"\nGB a rank by --recompute, with micro-batches of {train.micro_batch_tokens} tokens (under none, moe and block: activations; a CPU's sum holds the process and the copy for saving, too)")
-    columns(["device", "ranks", "replicate", "ep", "recompute", "weights", "gradients", "moments", "in flight", "none", "moe", "block", "sum", "has"], rows)
+        layout, ranks, needs, most = smallest(train, config, counts, device, name == "here", (base or 0) if on_cpu else None)
+        gb = lambda kind, way=layout.recompute: f"{needs[way][kind] / 1e9:.3g}"
+        memory.append([name, ranks, layout.replicate, layout.ep, layout.recompute, *map(gb, ("weights", "gradients", "optimizer", "in flight")),
+                       *(gb("activations", way) for way in RECOMPUTE), f"{most / 1e9:.3g}", f"{device.memory / 1e9:.0f}" + " (too little)" * (most > 0.9 * device.memory)])
+        speed = device.peak and device.peak * train.mfu / flops
+        hours, price = speed and tokens / speed / 3600, device.price and f"{device.price:g} {device.currency}"
+        money.append([name, device.peak and f"{device.peak / 1e12:.3g}", speed and short(speed), hours and short(hours), hours and f"{short(hours / ranks)} on {ranks}",
+                      price, hours and price and f"{short(hours * device.price)} {device.currency}", device.source])
+    print(f"\nGB a rank, micro-batches of {train.micro_batch_tokens} tokens; none, moe, block: activations by --recompute"
+          + "; the sum here has the process and the copy for saving in it" * on_cpu)
+    columns(["device", "ranks", "replicate", "ep", "recompute", "weights", "gradients", "moments", "in flight", *RECOMPUTE, "sum", "has"], memory)
     print(f"\nat --mfu {train.mfu} of the peak")
-    columns(["device", "TFLOP/s", "tokens/s each", "device-hours", "hours", "price an hour", "cost", "price by"], times)
+    columns(["device", "TFLOP/s", "tokens/s each", "device-hours", "hours", "price an hour", "cost", "price by"], money)
+
     if train.preset in REPORTED:
-        dear, less = (rmb * tokens / 1e12 for rmb in REPORTED[train.preset])
-        print(f"\nThe report: {short(dear)} RMB for these tokens on D, {short(less)} on a \"lower-specification system\" it does not name ({less / dear - 1:+.1%}). What these figures mean, by device:")
-        rows = []
-        for name, device in ((name, device) for name, device in DEVICES.items() if device.currency == "RMB"):
-            row = [name]
-            for rmb in (dear, less):
-                hours = rmb / device.price
-                row += [f"{short(rmb)} RMB", short(hours), f"{flops * tokens / 3600 / hours / device.peak:.1%}"]
-            rows.append(row)
-        columns(["device", "cost", "device-hours", "needs MFU", "cost", "device-hours", "needs MFU"], rows)
+        costs = [rmb * tokens / 1e12 for rmb in REPORTED[train.preset]]
+        mean = lambda device, cost: (f"{short(cost)} RMB", short(cost / device.price), f"{flops * tokens / 3600 / (cost / device.price) / device.peak:.1%}")
+        print(f"\nThe report paid {short(costs[0])} RMB for so many tokens on D, and {short(costs[1])} ({costs[1] / costs[0] - 1:+.1%}) on a \"lower-specification system\" it does not "
+              "name, nor the MFU of either. What each would mean:")
+        columns(["device", *["cost", "device-hours", "MFU"] * 2], [[name, *mean(d, costs[0]), *mean(d, costs[1])] for name, d in DEVICES.items() if d.currency == "RMB"])
 
 
 def columns(heads, rows):
-    """Print a table, all but the first and last column to the right."""
-    rows = [["-" if cell is None else str(cell) for cell in row] for row in (heads, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+    """Print a table, numbers to the right."""
+    cells = [*zip(*(["-" if cell is None else str(cell) for cell in row] for row in (heads, *rows)))]      # by column
+    right = [all(cell[:1].isdigit() or cell in ("-", "") for cell in column[1:]) for column in cells]
+    widths = [max(map(len, column)) for column in cells]
+    for row in zip(*cells):
+        print("  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)).rstrip())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1952,12 +1975,12 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         board.close()
     for number, handler in signals.items():
         signal.signal(number, handler)
+    if team.rank == 0 and tokens_done > tokens_before:
+        settle(run, train, config, team, promised, tokens_done - tokens_before, seconds)
     if step < train.steps:
         why = ", ".join(signal.Signals(number).name for number in stop) or "another rank was stopped"
         status.note(f"{why}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
         return 0
-    if team.rank == 0 and seconds > 0:
-        settle(run, train, config, team, promised, tokens_done - tokens_before, seconds)
     if team.size == 1:                                           # a sharded model would gather all its weights for every token
         prompt = "" if train.data else "def read"
         text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.8, min_p=0.05, stop_ids=(tokenizer.end,))
@@ -2040,6 +2063,7 @@ def start_run(run, train, config, given_model, continues, replicas):
 def main(argv=None):
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
+    require(not {"tokens", "steps"} <= given_train.keys(), "--tokens and --steps both say how long to train; give one")
     if given_train.get("report"):
         return report(given_train["report"])
     if given_train.get("plot"):
