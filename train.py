@@ -9,6 +9,10 @@
     python train.py --data fineweb_*.bin --tokenizer gpt2 --preset small --batch_tokens 524288
     python train.py --init PATH/Ling-mini-base-2.0 --data corpus/ --lr 3e-5 --out runs/tuned
     python train.py --report runs/toy              # where the time went, who held up the others, what to try
+    python train.py --plan --preset ling-1t --tokens 20T --device h200,mine=989/141/2.5      # parameters, FLOPs, memory, hours, money
+    python train.py --budget 1e21 --preset small   # batch size, learning rate and tokens for so many FLOPs, by Ling's scaling laws
+    python train.py --plot runs/toy                # pictures (needs matplotlib); --tensorboard writes for that while training
+    python train.py --study lever                  # do experts pay? 24 small runs, MoE and dense, in under an hour; or: --study routers
     python train.py --out runs/toy --merge 8       # average the last checkpoints instead of decaying (train with --decay 0 --keep 8)
     torchrun --nproc-per-node 8 --max-restarts 9 train.py --preset ling-mini-2.0 --data corpus/ --tokenizer PATH/tokenizer.json
     torchrun --nproc-per-node 8 train.py --out runs/ling-mini-2.0 --export my-ling      # its weights, in the released format
@@ -17,7 +21,7 @@
 Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; a run that continues takes its own.
 
 runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), ledger.jsonl (spikes, and what became of
-their samples), trace/ (seconds by phase), the tokenizer, data/ (the corpus as token ids) and checkpoints step_00001234/ with `latest`
+their samples), trace/ (seconds by phase), plan.json (what was planned, what happened), the tokenizer, data/ (the corpus as token ids) and checkpoints step_00001234/ with `latest`
 naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
 Many processes do what one does: the same samples, the same sums (but for --sync edit), the same checkpoints, which any number continues.
 """
@@ -51,7 +55,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise, product
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,8 +267,8 @@ class Team:
     @property
     def memory(self):
         """Bytes that this process may use."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory
+        if self.device.type in ("cuda", "xpu"):
+            return torch.get_device_module(self.device).get_device_properties(self.device).total_memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.local_size if hasattr(os, "sysconf") else 16e9
 
     def connect(self, timeout):
@@ -659,7 +663,7 @@ def choose_layout(train, config, team, counts=None):
     if train.sync == "edit":
         replicate = replicate or (team.nodes if team.nodes > 1 else world)
         require(world % replicate == 0, f"--sync edit: {world} ranks cannot form {replicate} equal copies; choose a --replicate that divides them")
-        least = int(np.diff(batch_schedule(train)).min())
+        least = int(batch_schedule(dataclasses.replace(train, steps=1))[1])                  # it only grows
         require(least >= replicate, f"--sync edit: a batch of {least} sequences cannot be shared out to {replicate} copies; raise --batch_tokens")
         require(replicate > 1, f"--sync edit needs at least two copies that train on their own; {world} ranks with --replicate {replicate} are one")
         inner = world // replicate                               # each copy is FSDP over its ranks
@@ -689,8 +693,9 @@ def counted(reasons, needs):
 def needs_of(train, config, counts, world, cpu):
     """memory_per_rank of a run whose layout is chosen."""
     edit = train.sync == "edit" and world > 1
-    needs = memory_per_rank(config, counts, *((world // train.replicate, 1) if edit else (world, train.replicate or 1)), train.ep or 1, train.micro_batch_tokens,
-                            train.recompute, 4 if cpu else 2)
+    tokens = min(train.micro_batch_tokens, max(train.seq_len, train.batch_tokens // world))
+    needs = memory_per_rank(config, counts, *((world // train.replicate, 1) if edit else (world, train.replicate or 1)), train.ep or 1, tokens, train.recompute,
+                            4 if cpu else 2)
     if edit:
         needs["anchor, outer momentum, change"] = 3 * needs["weights"]
         needs["host copy for saving"] += needs["weights"]
@@ -713,9 +718,10 @@ def memory_per_rank(config, counts, world, replicate, ep, tokens=0, recompute="n
     # numbers a token keeps: each norm's input and output; qkv, rotated q and k, the output of attention; pre-activations, routing, shared experts
     attention = 2 * D + 3 * (q + kv) + 2 * c.num_attention_heads
     routed = 2 * D + (2 * k + 3 * c.num_shared_experts) * c.moe_intermediate_size + 2 * c.num_experts + 6 * k
-    inside = {"none": moe * routed + (layers - moe) * (2 * D + 3 * I), "moe": moe * 2 * D + (layers - moe) * (2 * D + 3 * I), "block": 0}[recompute]
+    plain = (2 * D + 3 * I) * (layers > moe)
+    inside = {"none": moe * routed + (layers - moe) * plain, "moe": moe * 2 * D + (layers - moe) * plain, "block": 0}[recompute]
     kept = inside + (layers * attention if recompute != "block" else layers * D) + 2 * D + c.num_nextn_predict_layers * 6 * D
-    again = {"none": 0, "moe": routed, "block": attention + max(moe and routed, 2 * D + 3 * I)}[recompute]       # one block's, while it is done again
+    again = {"none": 0, "moe": routed * (moe > 0), "block": attention + max(routed * (moe > 0), plain)}[recompute]     # of one block, while it is done again
     chunk = min(tokens * c.vocab_size * bytes_each, 16 << 20 if bytes_each == 4 else 4 << 30)
     return {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held, "in flight": 2 * bytes_each * (2 * block + head) * (world > 1),
             "activations": bytes_each * tokens * (kept + again) + chunk, "host copy for saving": 12 * held}
@@ -1289,12 +1295,13 @@ def uneven_load(load):
     return load.amax(1) / load.float().mean(1).clamp(min=1e-9) if len(load) else torch.ones(1)
 
 
-def tensorboard(folder):
+def tensorboard():
+    """Its writer. Raises BadInput where it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise BadInput("--tensorboard needs a package: pip install tensorboard; metrics.jsonl holds the same numbers") from None
-    return SummaryWriter(folder)
+    return SummaryWriter
 
 
 class Status:
@@ -1348,19 +1355,26 @@ def this_device(team):
             times.append(time.perf_counter() - start)
         return Device(2 * 1024 ** 3 / min(times), team.memory)
     name = torch.cuda.get_device_name(team.device) if team.device.type == "cuda" else ""
-    known = (d for key, d in DEVICES.items() if len(key) > 1 and all(re.search(rf"\b{part}\b", name) for part in key.split("-")))
+    known = (d for key, d in DEVICES.items() if len(key) > 1 and "MIG" not in name and all(re.search(rf"\b{part}\b", name) for part in key.split("-")))
     return next(known, Device(None, team.memory))._replace(memory=team.memory)
 
 
 def choose_devices(names):
-    """"h200,mine=989/141/2.5", "all" or "" -> {name: Device}. Raises BadInput."""
-    known, chosen = {key.lower(): key for key in DEVICES}, {}
-    for name in names.split(",") if names not in ("", "all", "cpu", "here") else DEVICES:
-        own = re.fullmatch(r"(\w+)=([\d.]+)/([\d.]+)/([\d.]+)", name)
-        require(own or name.lower() in known, f"--device {name}: a plan knows {', '.join(DEVICES)}; describe others as NAME=TFLOPS/GB/PRICE, as in mine=989/141/2.5")
+    """"h200,mine=989/141/2.5", or "all" -> {name: Device}; a name that torch knows means all. Raises BadInput."""
+    known, chosen, number = {key.lower(): key for key in DEVICES}, {}, r"(\d+(?:\.\d+)?)"
+    for name in DEVICES if re.fullmatch(r"|all|(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?", names) else names.split(","):
+        own = re.fullmatch(rf"(?!here=)(\w+)={number}/{number}/{number}", name)
+        require(own and float(own[2]) * float(own[3]) > 0 or name.lower() in known, f"--device {name}: a plan knows {', '.join(DEVICES)}; describe others as "
+                "NAME=TFLOPS/GB/PRICE, as in mine=989/141/2.5")
         key = own[1] if own else known[name.lower()]
         chosen[key] = Device(float(own[2]) * 1e12, float(own[3]) * 1e9, float(own[4]), "", "yours") if own else DEVICES[key]
     return chosen
+
+
+def price(flops, mfu, device):
+    """-> device-hours and cost of so many FLOPs, None for what is unknown."""
+    hours = flops / (device.peak * mfu) / 3600 if device.peak else None
+    return hours, hours and device.price and hours * device.price
 
 
 def resident(most=False, reset=False):
@@ -1378,7 +1392,7 @@ def peak_memory(needs, train, base):
     state = sum(needs.values()) - staged - passing
     if base is None:
         return state + passing
-    # What malloc keeps in holes, and reading the corpus: fitted to runs of 0.6 to 3.5 GB with glibc, see the README for how well.
+    # What malloc keeps in holes, and reading the corpus: fitted to seven runs of 0.6 to 3.5 GB, with glibc.
     heap = 100e6 + 0.4 * needs["activations"]
     midway = 0 < train.save_every < train.steps
     return base + heap + state + (passing + staged if midway else max(passing, staged))
@@ -1398,7 +1412,7 @@ def settle(run, train, config, team, promised, tokens, seconds):
     allocated = getattr(torch.get_device_module(team.device), "max_memory_allocated", lambda device: None)
     memory = resident(most=True) if team.device.type == "cpu" else allocated(team.device)
     speed, flops = tokens / seconds, flops_per_token(config, train.seq_len)
-    cost = promised["price"] and promised["price"] * team.size / 3600
+    rate = promised["price"] and promised["price"] * team.size / 3600                        # a second
     happened = {"memory": memory, "tokens_per_s": speed, "mfu": promised["peak"] and speed * flops / (promised["peak"] * team.size),
                 "seconds": seconds, "tokens": tokens}
     write_json(run / "plan.json", {"planned": {**promised, "mfu": train.mfu}, "happened": happened})
@@ -1407,7 +1421,7 @@ def settle(run, train, config, team, promised, tokens, seconds):
         said.append(f"memory {promised['memory'] / 1e9:.2f} GB, was {memory / 1e9:.2f} ({memory / promised['memory'] - 1:+.0%})")
     if promised["tokens_per_s"]:
         said.append(f"{promised['tokens_per_s']:,.0f} tokens/s (MFU {train.mfu:.2f}), were {speed:,.0f} ({happened['mfu']:.2f} of {short(promised['peak'], billion='G')}FLOP/s)")
-        said += [f"{promised['currency']} {cost * tokens / promised['tokens_per_s']:.2f}, was {cost * seconds:.2f}"] if cost else []
+        said += [f"{promised['currency']} {rate * tokens / promised['tokens_per_s']:.2f}, was {rate * seconds:.2f}"] if rate else []
     print("planned: " + "; ".join(said or ["nothing that could be measured here"]))
 
 
@@ -1439,38 +1453,66 @@ def extrapolated(compute):
     return "" if 1.3e23 <= compute <= 6.6e24 else "   (extrapolated: Ling 2.0's choices confirm the law from 1.4e23 to 6.5e24 FLOPs)"
 
 
-def budget(train, config):
-    """Print what to do with --budget FLOPs."""
+def as_flags(fields):
+    """{name: value} -> a command line."""
+    for name, value in fields.items():
+        yield "--" + "no-" * (value is False) + name
+        yield from [] if isinstance(value, bool) else map(str, value) if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def lever_of(config, compute):
+    dense = config.first_k_dense_replace == config.num_hidden_layers
+    return "none, it is dense" if dense else f"{leverage(config, compute):.2f} times its compute for a dense model of the same loss"
+
+
+def budget(train, config, given):
+    """Print what to do with --budget FLOPs. given: the flags, for the next command."""
     C, M, S = train.budget, law_flops(config, train.seq_len), train.seq_len
     lr, batch = scaling_law(C)
     rounded = max(1, round(batch / S)) * S
+    kept = {name: value for name, value in given.items() if name not in ("budget", "plan", "tokens", "fresh", "out")}
     print(f"C = {C:.4g} FLOPs, by the scaling laws of Ling, arXiv 2507.17702{extrapolated(C)}\n"
           f"  learning rate  1.1576 C^-0.1529 = {lr:.4g}\n  batch size     0.0694 C^0.3644 = {batch:,.0f} tokens, {batch / S:,.1f} sequences of {S}\n"
-          f"  tokens         C / M = {short(C / M)}, M = {short(M, billion='G')}FLOP a token (6 N + 12 L s H d, no embedding) for --preset {train.preset}\n"
-          f"  leverage       {leverage(config, C):.2f} times the compute for a dense model of the same loss\n"
-          f"next: python train.py --preset {train.preset} --seq_len {S} --batch_tokens {rounded} --lr {lr:.4g} --steps {max(1, math.ceil(C / M / rounded))}")
+          f"  tokens         C / M = {short(C / M)}, M = {short(M, billion='G')}FLOP a token (6 N + 12 L s H d, no embedding)\n"
+          f"  leverage       {lever_of(config, C)}\n"
+          f"next: python train.py {shlex.join(as_flags({**kept, 'batch_tokens': rounded, 'lr': float(f'{lr:.4g}'), 'steps': max(1, math.ceil(C / M / rounded))}))}")
 
 
 RECOMPUTE = ("none", "moe", "block")
 
 
-def smallest(train, config, counts, device, here, base):
-    """The fewest ranks (a power of two), then the least recomputation, that leave a tenth of a device's memory free, or the last that was
-    tried -> TrainConfig, ranks, {recompute: needs_of}, bytes at most. here: this machine, a single rank; base: what a CPU process holds."""
-    cpu, device_type = here and base is not None, "cpu" if here and base is not None else "cuda"
-    for ranks, how in product([train.ranks] if train.ranks else [1] if here else [1 << i for i in range(13)], RECOMPUTE[RECOMPUTE.index(train.recompute):]):
-        team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory, device=torch.device(device_type))
-        layout = choose_layout(train, config, team, counts)[0] if ranks > 1 else dataclasses.replace(train, replicate=1, ep=1)
+def smallest(train, config, counts, device, cpu, choices, base):
+    """The first number of ranks, then the least recomputation, that leave a tenth of a device's memory free, or the last that was tried
+    -> TrainConfig, ranks, {recompute: needs_of}, bytes at most. Raises BadInput if no number of ranks can be laid out. base: as in peak_memory."""
+    found = error = None
+    for ranks, how in product(choices, RECOMPUTE[RECOMPUTE.index(train.recompute):]):
+        team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory, device=torch.device("cpu" if cpu else "cuda"))
+        try:
+            require(ranks > 1 or len(choices) == 1 or train.sync == "step", "--sync edit needs several ranks")
+            layout = choose_layout(train, config, team, counts)[0] if ranks > 1 else dataclasses.replace(train, replicate=1, ep=1, sync="step")
+        except BadInput as reason:
+            error = reason
+            continue
         needs = {way: needs_of(dataclasses.replace(layout, recompute=way), config, counts, ranks, cpu) for way in RECOMPUTE}
-        most = peak_memory(needs[how], train, base if cpu else None)
-        if most < 0.9 * device.memory:
+        found = dataclasses.replace(layout, recompute=how), ranks, needs, peak_memory(needs[how], train, base)
+        if found[-1] < 0.9 * device.memory:
             break
-    return dataclasses.replace(layout, recompute=how), ranks, needs, most
+    if not found:
+        raise error
+    return found
 
 
-def plan(train, config, base):
-    """Print what training this would take. Nothing is allocated but, for this machine's speed, two small matrices."""
-    table, counts, S, tokens = components(config, train.seq_len), count_params(config), train.seq_len, train.steps * train.batch_tokens
+def tokens_of(train):
+    """Of a whole run."""
+    rising = min(train.steps, train.batch_warmup_steps)
+    start = int(batch_schedule(dataclasses.replace(train, steps=rising))[-1]) * train.seq_len if rising else 0
+    return start + (train.steps - rising) * train.batch_tokens
+
+
+def plan(train, config, base, reported=None):
+    """Print what training this would take. Nothing is allocated but, for this machine's speed, two small matrices. base: as in peak_memory;
+    reported: what the report paid for 1T tokens."""
+    table, counts, S, tokens, devices = components(config, train.seq_len), count_params(config), train.seq_len, tokens_of(train), choose_devices(train.device)
     flops, mtp = sum(row.flops for row in table.values()), "mtp" in table
     columns(["component", "parameters", "active", "FLOPs a token"], [
         *([name, *(f"{n:,}" for n in row)] for name, row in sorted(table.items(), key=lambda entry: -entry[1].flops)),
@@ -1479,29 +1521,30 @@ def plan(train, config, base):
     C, kv = law_flops(config, S) * tokens, 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     lr, batch = scaling_law(C)
     print(f"\n{short(tokens)} tokens in sequences of {S}: {flops * tokens:.3g} FLOPs\n"
-          f"by scaling law: batches of {batch / S:,.0f} sequences ({short(batch)} tokens), learning rate {lr:.3g}, leverage {leverage(config, C):.1f}{extrapolated(C)}\n"
+          f"by scaling law: batches of {batch / S:,.0f} sequences ({short(batch)} tokens), learning rate {lr:.3g}{extrapolated(C)}\nlever by that law: {lever_of(config, C)}\n"
           f"sampling: {short(kv)}B of keys and values a token in bf16, {short(kv * config.max_position_embeddings, billion='G')}B for {config.max_position_embeddings:,}")
 
     here, memory, money = Team(""), [], []
     on_cpu = here.device.type == "cpu"
-    for name, device in {"here": this_device(here), **choose_devices(train.device)}.items():
-        layout, ranks, needs, most = smallest(train, config, counts, device, name == "here", (base or 0) if on_cpu else None)
+    for name, device in {"here": this_device(here), **devices}.items():
+        cpu, choices = on_cpu and name == "here", [1] if name == "here" else [train.ranks] if train.ranks else [1 << i for i in range(13)]
+        layout, ranks, needs, most = smallest(train, config, counts, device, cpu, choices, (base or 0) if cpu else None)
         gb = lambda kind, way=layout.recompute: f"{needs[way][kind] / 1e9:.3g}"
         memory.append([name, ranks, layout.replicate, layout.ep, layout.recompute, *map(gb, ("weights", "gradients", "optimizer", "in flight")),
                        *(gb("activations", way) for way in RECOMPUTE), f"{most / 1e9:.3g}", f"{device.memory / 1e9:.0f}" + " (too little)" * (most > 0.9 * device.memory)])
-        speed = device.peak and device.peak * train.mfu / flops
-        hours, price = speed and tokens / speed / 3600, device.price and f"{device.price:g} {device.currency}"
-        money.append([name, device.peak and f"{device.peak / 1e12:.3g}", speed and short(speed), hours and short(hours), hours and f"{short(hours / ranks)} on {ranks}",
-                      price, hours and price and f"{short(hours * device.price)} {device.currency}", device.source])
+        hours, cost = price(flops * tokens, train.mfu, device)
+        busy = min(ranks, train.batch_tokens // S)               # more ranks than sequences in a batch have nothing to do
+        money.append([name, device.peak and f"{device.peak / 1e12:.3g}", hours and short(tokens / hours / 3600), hours and short(hours), hours and f"{short(hours / busy)} on {busy}",
+                      device.price and f"{device.price:g} {device.currency}", cost and f"{short(cost)} {device.currency}", device.source])
     print(f"\nGB a rank, micro-batches of {train.micro_batch_tokens} tokens; none, moe, block: activations by --recompute"
           + "; the sum here has the process and the copy for saving in it" * on_cpu)
     columns(["device", "ranks", "replicate", "ep", "recompute", "weights", "gradients", "moments", "in flight", *RECOMPUTE, "sum", "has"], memory)
     print(f"\nat --mfu {train.mfu} of the peak")
     columns(["device", "TFLOP/s", "tokens/s each", "device-hours", "hours", "price an hour", "cost", "price by"], money)
 
-    if train.preset in REPORTED:
-        costs = [rmb * tokens / 1e12 for rmb in REPORTED[train.preset]]
-        mean = lambda device, cost: (f"{short(cost)} RMB", short(cost / device.price), f"{flops * tokens / 3600 / (cost / device.price) / device.peak:.1%}")
+    if reported:
+        costs = [rmb * tokens / 1e12 for rmb in reported]
+        mean = lambda device, cost: (f"{short(cost)} RMB", short(cost / device.price), f"{price(flops * tokens, 1, device)[1] / cost:.1%}")
         print(f"\nThe report paid {short(costs[0])} RMB for so many tokens on D, and {short(costs[1])} ({costs[1] / costs[0] - 1:+.1%}) on a \"lower-specification system\" it does not "
               "name, nor the MFU of either. What each would mean:")
         columns(["device", *["cost", "device-hours", "MFU"] * 2], [[name, *mean(d, costs[0]), *mean(d, costs[1])] for name, d in DEVICES.items() if d.currency == "RMB"])
@@ -1550,7 +1593,7 @@ def routing_by_kind(run, train, config):
     names = [kind_of(tokenizer.bytes_of(t)) for t in range(config.vocab_size)]
     kinds = [kind for kind, _ in Counter(names).most_common()]
     kind_at, load = torch.tensor([kinds.index(name) for name in names]), 0
-    for x, y in Data(read_data(run, train, config), train).held_out(max(1, train.micro_batch_tokens // train.seq_len), "cpu"):
+    for x, y in islice(Data(read_data(run, train, config), train).held_out(1, "cpu"), 256):  # enough
         load = load + torch.stack([model(x, torch.where((y >= 0) & (kind_at[x] == i), x, -1)).load for i in range(len(kinds))])     # ignored targets count in no load
     return kinds, load
 
@@ -1577,8 +1620,10 @@ def draw(run):
         axis.plot([x[at[r["step"]]] for r in inside], [r["val_ce"] for r in inside], "o", color="C1", label="held out")
         for verdict, color in (("narrow", "C2"), ("lower", "C4"), ("skip", "C3")):           # the ledger
             hits = [event for event in events if event["verdict"] == verdict and event["logged"] in at]
-            axis.plot([x[at[event["logged"]]] for event in hits], [loss[at[event["logged"]]] for event in hits], "v", color=color, label=f"{len(hits)} spikes: {verdict}")
-        axis.set(xlabel=label, ylabel="nats per token", ylim=(None, float(np.quantile(loss, 0.98))))
+            axis.plot([x[at[event["logged"]]] for event in hits], [loss[at[event["logged"]]] for event in hits], "v", color=color,
+                      label=f"{sum(event['verdict'] == verdict for event in events)} spikes: {verdict}")
+        marked = [loss[at[event["logged"]]] for event in events if event["logged"] in at]
+        axis.set(xlabel=label, ylabel="nats per token", ylim=(None, max(float(np.quantile(loss, 0.98)), *marked, 0) * 1.02))
         axis.legend()
     save_picture(figure, run / "loss.png")
 
@@ -1588,14 +1633,14 @@ def draw(run):
         load *= load.shape[2] / np.maximum(1, load.sum(2, keepdims=True))
         figure, axes = pyplot((9, 1.2 + 1.1 * load.shape[1]), down=load.shape[1])
         for i, axis in enumerate(axes[:, 0]):
-            image = axis.imshow(load[:, i].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=(0, loads[-1]["step"], load.shape[2] - 0.5, -0.5), interpolation="nearest")
+            image = axis.pcolormesh([0, *(r["step"] for r in loads)], np.arange(load.shape[2] + 1) - 0.5, load[:, i].T, cmap="RdBu_r", vmin=0, vmax=2)
             axis.set(ylabel=f"MoE layer {i}\nexpert", xlabel="step" if i == load.shape[1] - 1 else None)
         figure.colorbar(image, ax=axes, label="load over the mean")
         save_picture(figure, run / "load.png")
 
     flops = flops_per_token(config, train.seq_len) * float(tokens[-1])
-    rows = [[name, f"{d.peak / 1e12:g}", f"{d.price:g} {d.currency}", short(flops / d.peak / train.mfu / 3600), short(flops / d.peak / train.mfu / 3600 * d.price) + " " + d.currency]
-            for name, d in DEVICES.items() if d.price]
+    rows = [[name, f"{d.peak / 1e12:g}", f"{d.price:g} {d.currency}", short(hours), f"{short(cost)} {d.currency}"]
+            for name, d in DEVICES.items() for hours, cost in [price(flops, train.mfu, d)] if cost]
     figure, ((axis,),) = pyplot((7, 0.6 + 0.26 * len(rows)))
     axis.axis("off")
     axis.set_title(f"{flops:.3g} FLOPs at MFU {train.mfu}", fontsize=10)
@@ -1647,26 +1692,30 @@ def train_all(root, jobs):
 SEEDS = 3
 
 
-def study(train, given):
-    """--study: flags that were given besides go to every run."""
+def study(train, given_train, given_model):
+    """--study: flags that were given besides go to every run, but for those the study is about."""
     root, picture = Path(train.out or f"runs/{train.study}"), Path(train.out or "assets") / f"{train.study}.png"
-    common = {name: value for name, value in given.items() if name not in ("study", "out", "budget", "fresh")}
+    common = {name: value for name, value in {**given_train, **given_model}.items() if name not in ("study", "out", "budget")}
+    if train.study == "routers":
+        common.pop("steps", None)                                # each of its runs has so many
 
     def flags(**fields):
-        for name, value in {**fields, **common}.items():
-            yield "--" + "no-" * (value is False) + name
-            yield from [] if isinstance(value, bool) else map(str, value) if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
-    show = {"lever": lever, "routers": routers}[train.study](root, train, lambda **fields: [*flags(**fields)])
+        clash = common.keys() & (fields.keys() | {"preset", "dense", "tokens", "fresh", "plan", "export", "merge", "init"})
+        require(not clash, f"--study {train.study} decides on --{min(clash, default='')} itself; drop the flag")
+        return [*as_flags({**fields, **common})]
+    toy = {**PRESETS["toy"], **given_model}
+    toy["vocab_size"] = with_vocabulary(train, LingConfig(**toy), given_model).vocab_size
+    show = {"lever": lever, "routers": routers}[train.study](root, train, toy, flags)
     try:
         show(picture)
     except BadInput as error:                                    # no matplotlib
         print(f"no picture: {error}")
 
 
-def lever(root, train, flags):
+def lever(root, train, toy, flags):
     """MoE and dense models of equal FLOPs a token, over budgets from an eighth of --budget (the toy's) up. Width goes with the fourth root of
     the budget, so that tokens and active parameters grow alike; batch and learning rate go from the toy's by the exponents of [SL]."""
-    toy, jobs, rows = dict(vocab_size=2048, **PRESETS["toy"]), {}, []
+    jobs, rows = {}, []
     top = train.budget or flops_per_token(LingConfig(**toy), train.seq_len) * 1000 * 4096
     for part, seed, dense in product((1, 1 / 2, 1 / 4, 1 / 8), range(SEEDS), (False, True)):
         width, batch = 16 * round(8 * part ** 0.25), train.seq_len * max(1, round(4096 / train.seq_len * part ** 0.3644))
@@ -1721,9 +1770,9 @@ ROUTERS = {                      # the toy, but for its router
     "softmax, balance loss": SOFTMAX, "softmax, balance loss, warm-up (Ling 1)": SOFTMAX | dict(router_warmup_steps=75)}
 
 
-def routers(root, train, flags):
+def routers(root, train, toy, flags):
     """The toy with other routers: held-out loss, the worst layer's load over time, time a step."""
-    jobs = {f"{re.sub('[^a-z0-9]+', '-', label.lower())}-seed{seed}": flags(**router, seed=seed, steps=train.steps, eval_every=0)
+    jobs = {f"{re.sub('[^a-z0-9]+', '-', label.lower())}-{train.steps}-seed{seed}": flags(**router, seed=seed, steps=train.steps, eval_every=0)
             for label, router in ROUTERS.items() for seed in range(SEEDS)}
     results, table, curves = [*train_all(root, jobs).values()], [], {}
     for i, label in enumerate(ROUTERS):
@@ -1806,7 +1855,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     signals = {number: signal.signal(number, on_signal) for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"))
                if number is not None}
     metrics, status = open(run / "metrics.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0), Status()
-    board = tensorboard(run / "tensorboard") if train.tensorboard and team.rank == 0 else None
+    board = tensorboard()(run / "tensorboard") if train.tensorboard and team.rank == 0 else None
 
     def log(record):
         metrics.write(json.dumps(record).encode() + b"\n")       # a line at once, or not at all
@@ -2060,6 +2109,26 @@ def start_run(run, train, config, given_model, continues, replicas):
     write_json(run / "config.json", config.to_dict())                                        # last: its presence makes this a run
 
 
+def look_ahead(given_train, given_model, base):
+    """--plan and --budget: of a run that is there and named, or of a new one. A release is planned as it was trained: 4K, 1T tokens or more."""
+    preset, new = given_train.get("preset", "toy"), not (Path(given_train.get("out", "/")) / "config.json").exists()
+    given = dict(given_train)
+    if new:
+        given = {"fresh": True, **({"seq_len": 4096} if "vocab_size" in PRESETS[preset] else {}), **given}
+        S = given.get("seq_len", TrainConfig.seq_len)
+        given = {"batch_tokens": max(S, TrainConfig.batch_tokens // S * S), "micro_batch_tokens": max(S, TrainConfig.micro_batch_tokens), **given}
+    _, train, config, continues = resolve(given, given_model)
+    if new:
+        config = with_vocabulary(train, config, given_model)
+    if train.budget:
+        return budget(train, config, given_train | given_model | {"seq_len": train.seq_len})
+    if new and "vocab_size" in PRESETS[preset] and "steps" not in given and not train.init:
+        tokens = given.get("tokens", 1e12)
+        batch = given_train.get("batch_tokens") or round(scaling_law(law_flops(config, train.seq_len) * tokens)[1] / train.seq_len) * train.seq_len
+        train = dataclasses.replace(train, batch_tokens=max(batch, train.seq_len), tokens=tokens)
+    plan(train, config, base, None if given_model.keys() - {"head_dim"} or train.init or train.dense else REPORTED.get(train.preset))
+
+
 def main(argv=None):
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
@@ -2069,16 +2138,13 @@ def main(argv=None):
     if given_train.get("plot"):
         return draw(Path(given_train["plot"]))
     if given_train.get("study"):
-        return study(TrainConfig(**given_train), given_train | given_model)
-    base, looking = resident(), given_train.get("plan") or given_train.get("budget")
-    if looking:
-        given_train = {"fresh": "out" not in given_train, **given_train}                     # a run that is there already is no obstacle
-        if "vocab_size" in PRESETS[given_train.get("preset", "toy")]:                        # a release: as it was trained
-            given_train = {"seq_len": 4096, **({} if "steps" in given_train else {"tokens": 1e12}), **given_train}
+        return study(TrainConfig(**given_train), given_train, given_model)
+    base = resident()
+    if given_train.get("plan") or given_train.get("budget"):
+        return look_ahead(given_train, given_model, base)
     run, train, config, continues = resolve(given_train, given_model)
-    if looking:
-        config = with_vocabulary(train, config, given_model) if not continues else config
-        return budget(train, config) if train.budget else plan(train, config, base)
+    if train.tensorboard:
+        tensorboard()                                            # raises before anything is written
     if train.export or train.merge:
         train = dataclasses.replace(train, sync="step")
     team, layout, asked = Team(train.device), "", train          # what was asked for is what a run keeps: another number of ranks fills it in anew
