@@ -21,8 +21,8 @@
 Every field of TrainConfig and LingConfig is a flag. Defaults < preset < flags; a run that continues takes its own.
 
 runs/NAME/ holds config.json (model), train.json (run), metrics.jsonl (one JSON object a line), ledger.jsonl (spikes, and what became of
-their samples), trace/ (seconds by phase), plan.json (what was planned, what happened), the tokenizer, data/ (the corpus as token ids) and checkpoints step_00001234/ with `latest`
-naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
+their samples), trace/ (seconds by phase), plan.json (what was planned, what happened), the tokenizer, data/ (the corpus as token ids) and
+checkpoints step_00001234/ with `latest` naming the newest. SIGINT (Ctrl-C), SIGTERM or SIGUSR1 finishes the step and saves.
 Many processes do what one does: the same samples, the same sums (but for --sync edit), the same checkpoints, which any number continues.
 """
 import argparse
@@ -1582,8 +1582,8 @@ def kind_of(token):
     """What sort of text a token's bytes are."""
     text = token.decode("utf-8", "replace")
     word = text.strip(" ").isidentifier() and not text.strip(" ").isdigit()
-    return ("space" if text.isspace() else "word" if word and text[0] == " " else "part of a word" if word else "digits" if text.strip().isdigit() else
-            "no whole character" if "\ufffd" in text else "signs")
+    return ("space" if text.isspace() else "word" if word and text[0] == " " else "part of a word" if word else
+            "digits" if text.strip().isdigit() else "no whole character" if "\ufffd" in text else "signs")
 
 
 @torch.no_grad()
@@ -1593,71 +1593,83 @@ def routing_by_kind(run, train, config):
     names = [kind_of(tokenizer.bytes_of(t)) for t in range(config.vocab_size)]
     kinds = [kind for kind, _ in Counter(names).most_common()]
     kind_at, load = torch.tensor([kinds.index(name) for name in names]), 0
+    of = lambda kind, x, y: torch.where((y >= 0) & (kind_at[x] == kind), x, -1)              # targets: ignored ones count in no load
     for x, y in islice(Data(read_data(run, train, config), train).held_out(1, "cpu"), 256):  # enough
-        load = load + torch.stack([model(x, torch.where((y >= 0) & (kind_at[x] == i), x, -1)).load for i in range(len(kinds))])     # ignored targets count in no load
+        load = load + torch.stack([model(x, of(kind, x, y)).load for kind in range(len(kinds))])
     return kinds, load
 
 
 def draw(run):
-    """Pictures of a run: loss and spikes, load of every layer's experts, what it costs elsewhere, and which tokens go to which experts."""
+    """--plot: pictures of a run, into its folder."""
     require((run / "metrics.jsonl").exists(), f"--plot {run}: no metrics.jsonl there; train first")
-    records, train, config = [*read_lines(run / "metrics.jsonl")], read_json(run / "train.json"), read_config(run)
-    train = TrainConfig(**{f.name: train[f.name] for f in dataclasses.fields(TrainConfig) if f.name in train})
-    steps, scores = [r for r in records if r.get("ce") is not None], [r for r in records if "val_ce" in r]
+    records, saved, config = [*read_lines(run / "metrics.jsonl")], read_json(run / "train.json"), read_config(run)
+    train = TrainConfig(**{f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved})
+    steps = [r for r in records if r.get("ce") is not None]
     require(steps, f"--plot {run}: no steps in metrics.jsonl yet")
+    print("drawn:")
+    draw_loss(run, steps, [r for r in records if "val_ce" in r], [*read_lines(run / "ledger.jsonl")])
+    if loads := [r for r in steps if r.get("load")]:
+        draw_load(run, loads)
+    draw_cost(run, flops_per_token(config, train.seq_len) * float(steps[-1]["tokens"]), train.mfu)
+    if config.num_hidden_layers > config.first_k_dense_replace and any(run.glob("step_*")):
+        draw_routing(run, *routing_by_kind(run, train, config))
+
+
+def draw_loss(run, steps, scores, events):
+    """Against tokens and time, with what the ledger says of spikes."""
     tokens, loss = np.array([r["tokens"] for r in steps]), np.array([r["ce"] for r in steps])
     minutes = np.cumsum(np.diff(tokens, prepend=0) / np.array([r["tokens_per_s"] for r in steps])) / 60         # of training; no evaluation, no pause
-    at, events = {r["step"]: i for i, r in enumerate(steps)}, [*read_lines(run / "ledger.jsonl")]
-    print("drawn:")
-
-    figure, axes = pyplot((9, 3.2), across=2)
-    width = max(1, len(loss) // 50)
+    at, width = {r["step"]: i for i, r in enumerate(steps)}, max(1, len(loss) // 50)
     smooth = np.convolve(loss, np.ones(width) / width, "valid")                              # mean of the last so many steps
+    places = lambda records, key: [at[r[key]] for r in records if r[key] in at]
+    marked = places(events, "logged")
+    figure, axes = pyplot((9, 3.2), across=2)
     for axis, x, label in zip(axes[0], (tokens / 1e6, minutes), ("million tokens", "minutes of training")):
         axis.plot(x, loss, color="C0", alpha=0.25, lw=0.7)
         axis.plot(x[width - 1:], smooth, color="C0", label="training")
-        inside = [r for r in scores if r["step"] in at]
-        axis.plot([x[at[r["step"]]] for r in inside], [r["val_ce"] for r in inside], "o", color="C1", label="held out")
-        for verdict, color in (("narrow", "C2"), ("lower", "C4"), ("skip", "C3")):           # the ledger
-            hits = [event for event in events if event["verdict"] == verdict and event["logged"] in at]
-            axis.plot([x[at[event["logged"]]] for event in hits], [loss[at[event["logged"]]] for event in hits], "v", color=color,
-                      label=f"{sum(event['verdict'] == verdict for event in events)} spikes: {verdict}")
-        marked = [loss[at[event["logged"]]] for event in events if event["logged"] in at]
-        axis.set(xlabel=label, ylabel="nats per token", ylim=(None, max(float(np.quantile(loss, 0.98)), *marked, 0) * 1.02))
+        axis.plot(x[places(scores, "step")], [r["val_ce"] for r in scores if r["step"] in at], "o", color="C1", label="held out")
+        for verdict, color in (("narrow", "C2"), ("lower", "C4"), ("skip", "C3")):
+            hits = [event for event in events if event["verdict"] == verdict]
+            axis.plot(x[places(hits, "logged")], loss[places(hits, "logged")], "v", color=color, label=f"{len(hits)} spikes: {verdict}")
+        axis.set(xlabel=label, ylabel="nats per token", ylim=(None, 1.02 * max(float(np.quantile(loss, 0.98)), *loss[marked], 0)))
         axis.legend()
     save_picture(figure, run / "loss.png")
 
-    loads = [r for r in steps if r.get("load")]
-    if loads:
-        load = np.array([r["load"] for r in loads], dtype=float)                             # (times, MoE layers, E)
-        load *= load.shape[2] / np.maximum(1, load.sum(2, keepdims=True))
-        figure, axes = pyplot((9, 1.2 + 1.1 * load.shape[1]), down=load.shape[1])
-        for i, axis in enumerate(axes[:, 0]):
-            image = axis.pcolormesh([0, *(r["step"] for r in loads)], np.arange(load.shape[2] + 1) - 0.5, load[:, i].T, cmap="RdBu_r", vmin=0, vmax=2)
-            axis.set(ylabel=f"MoE layer {i}\nexpert", xlabel="step" if i == load.shape[1] - 1 else None)
-        figure.colorbar(image, ax=axes, label="load over the mean")
-        save_picture(figure, run / "load.png")
 
-    flops = flops_per_token(config, train.seq_len) * float(tokens[-1])
+def draw_load(run, loads):
+    """Every layer's experts, over time."""
+    load = np.array([r["load"] for r in loads], dtype=float)                                 # (times, MoE layers, E)
+    load *= load.shape[2] / np.maximum(1, load.sum(2, keepdims=True))
+    figure, axes = pyplot((9, 1.2 + 1.1 * load.shape[1]), down=load.shape[1])
+    for i, axis in enumerate(axes[:, 0]):
+        image = axis.pcolormesh([0, *(r["step"] for r in loads)], np.arange(load.shape[2] + 1) - 0.5, load[:, i].T, cmap="RdBu_r", vmin=0, vmax=2)
+        axis.set(ylabel=f"MoE layer {i}\nexpert", xlabel="step" if i == load.shape[1] - 1 else None)
+    figure.colorbar(image, ax=axes, label="load over the mean")
+    save_picture(figure, run / "load.png")
+
+
+def draw_cost(run, flops, mfu):
+    """What the run would have cost on each device."""
     rows = [[name, f"{d.peak / 1e12:g}", f"{d.price:g} {d.currency}", short(hours), f"{short(cost)} {d.currency}"]
-            for name, d in DEVICES.items() for hours, cost in [price(flops, train.mfu, d)] if cost]
+            for name, d in DEVICES.items() for hours, cost in [price(flops, mfu, d)] if cost]
     figure, ((axis,),) = pyplot((7, 0.6 + 0.26 * len(rows)))
     axis.axis("off")
-    axis.set_title(f"{flops:.3g} FLOPs at MFU {train.mfu}", fontsize=10)
+    axis.set_title(f"{flops:.3g} FLOPs at MFU {mfu}", fontsize=10)
     axis.table(rows, colLabels=["device", "TFLOP/s", "an hour", "device-hours", "cost"], loc="center")
     save_picture(figure, run / "cost.png")
 
-    if config.num_hidden_layers > config.first_k_dense_replace and any(run.glob("step_*")):
-        kinds, load = routing_by_kind(run, train, config)
-        kinds, load = zip(*((kind, rows.double()) for kind, rows in zip(kinds, load) if rows.sum()))
-        share = torch.stack([rows / rows.mean(1, keepdim=True) for rows in load])            # (kinds, MoE layers, E)
-        figure, axes = pyplot((9, 1.0 + 0.25 * len(kinds) * share.shape[1]), down=share.shape[1])
-        for i, axis in enumerate(axes[:, 0]):
-            image = axis.imshow(share[:, i], aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
-            axis.set(title=f"MoE layer {i}", xlabel="expert" if i == share.shape[1] - 1 else None)
-            axis.set_yticks(range(len(kinds)), kinds)
-        figure.colorbar(image, ax=axes, label="share over an even one")
-        save_picture(figure, run / "routing.png")
+
+def draw_routing(run, kinds, load):
+    """Which tokens go to which experts, against an even split."""
+    kinds, load = zip(*((kind, rows.double()) for kind, rows in zip(kinds, load) if rows.sum()))
+    share = torch.stack([rows / rows.mean(1, keepdim=True) for rows in load])                # (kinds, MoE layers, E)
+    figure, axes = pyplot((9, 1.0 + 0.25 * len(kinds) * share.shape[1]), down=share.shape[1])
+    for i, axis in enumerate(axes[:, 0]):
+        image = axis.imshow(share[:, i], aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+        axis.set(title=f"MoE layer {i}", xlabel="expert" if i == share.shape[1] - 1 else None)
+        axis.set_yticks(range(len(kinds)), kinds)
+    figure.colorbar(image, ax=axes, label="share over an even one")
+    save_picture(figure, run / "routing.png")
 
 
 def train_all(root, jobs):
