@@ -1763,7 +1763,8 @@ def lever(root, train, toy, flags):
         for dense, color in ((False, "C0"), (True, "C1")):
             left.plot(*of(dense), "o", color=color, label="dense" if dense else "MoE", ms=4)
             left.plot(budgets, np.exp(np.polyval(fit(dense, rows), np.log(budgets))), color=color)
-        left.set(xscale="log", xlabel="FLOPs", ylabel="held-out bits per byte", title="equal FLOPs a token")
+        left.set(xscale="log", xlabel="FLOPs", ylabel="held-out bits per byte", title="equal FLOPs a token", xticks=budgets, xticklabels=[f"{C:.1e}" for C in budgets])
+        left.minorticks_off()
         left.legend()
         C = np.geomspace(1e12, 1e24, 50)
         right.errorbar(budgets, best, (np.maximum(0, best - low), np.maximum(0, high - best)), fmt="o", ms=4, label="measured here")
@@ -2127,7 +2128,7 @@ def look_ahead(given_train, given_model, base):
     given = dict(given_train)
     if new:
         given = {"fresh": True, **({"seq_len": 4096} if "vocab_size" in PRESETS[preset] else {}), **given}
-        S = given.get("seq_len", TrainConfig.seq_len)
+        S = max(1, given.get("seq_len", TrainConfig.seq_len))
         given = {"batch_tokens": max(S, TrainConfig.batch_tokens // S * S), "micro_batch_tokens": max(S, TrainConfig.micro_batch_tokens), **given}
     _, train, config, continues = resolve(given, given_model)
     if new:
@@ -2145,6 +2146,8 @@ def main(argv=None):
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
     require(not {"tokens", "steps"} <= given_train.keys(), "--tokens and --steps both say how long to train; give one")
+    for name in ("tokens", "budget"):
+        require(given_train.get(name, 1) >= 1, f"--{name} {given_train.get(name)} must be at least 1")
     if given_train.get("report"):
         return report(given_train["report"])
     if given_train.get("plot"):
