@@ -1785,7 +1785,7 @@ ROUTERS = {                      # the toy, but for its router
 
 def routers(root, train, toy, flags):
     """The toy with other routers: held-out loss, the worst layer's load over time, time a step."""
-    jobs = {f"{re.sub('[^a-z0-9]+', '-', label.lower())}-{train.steps}-seed{seed}": flags(**router, seed=seed, steps=train.steps, eval_every=0)
+    jobs = {f"{'-'.join(re.findall('[a-z0-9]+', label.lower()))}-{train.steps}-seed{seed}": flags(**router, seed=seed, steps=train.steps, eval_every=0)
             for label, router in ROUTERS.items() for seed in range(SEEDS)}
     results, table, curves = [*train_all(root, jobs).values()], [], {}
     for i, label in enumerate(ROUTERS):
