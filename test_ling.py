@@ -1970,6 +1970,8 @@ def test_scaling_laws():
         assert f"{law_lr:.4g}" in out and f"{batch / 4096:,.1f} sequences of 4096" in out and "extrapolated" not in out
     shape = LingConfig(num_experts=256, num_experts_per_tok=8, num_shared_experts=1, hidden_size=2048, moe_intermediate_size=512)
     assert train.leverage(shape, 1e22) == pytest.approx(6.8, rel=0.01) and train.leverage(shape, 1e24) == pytest.approx(10.7, rel=0.01)
+    for preset, gflop in (("ling-mini-2.0", 9.941097984), ("ling-1t", 327.075915264), ("ling-plus", 197.074558464)):         # added up by hand from the shapes
+        assert flops_per_token(LingConfig(**PRESETS[preset]), 4096) == gflop * 1e9
     code, out, err = cli(train, "--budget", "2e13", "--preset", "toy")
     assert code == 0 and "extrapolated" in out, err
     assert [train.amount(text) for text in ("1e18", "300B", "1.5T", "20k")] == [1e18, 3e11, 1.5e12, 2e4]
@@ -2087,6 +2089,7 @@ def test_plans_of_layouts_and_runs(folder):
     assert code == 0 and cli(train, *command, "--out", "runs/next", "--plan")[0] == 0 and command[command.index("--hidden_size") + 1] == "64"
     assert "the compute" not in cli(train, "--budget", "1e10", "--dense")[1]
     assert "The report" not in cli(train, "--plan", "--preset", "ling-plus", "--num_hidden_layers", "4", "--device", "A")[1]
+    assert " on 16 " in cli(train, "--plan", "--ranks", "64", "--device", "A")[1]            # sequences in a batch: more ranks would idle
 
 
 def test_a_study_goes_on_where_it_was(folder):
