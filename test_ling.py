@@ -1,4 +1,4 @@
-"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about four minutes:
+"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about five minutes:
 
     python -m pytest
 """
