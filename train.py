@@ -12,7 +12,7 @@
     python train.py --plan --preset ling-1t --tokens 20T --device h200,mine=989/141/2.5      # parameters, FLOPs, memory, hours, money
     python train.py --budget 1e21 --preset small   # batch size, learning rate and tokens for so many FLOPs, by Ling's scaling laws
     python train.py --plot runs/toy                # pictures (needs matplotlib); --tensorboard writes for that while training
-    python train.py --study lever                  # do experts pay? 24 small runs, MoE and dense, in under an hour; or: --study routers
+    python train.py --study lever                  # do experts pay? Small runs, MoE and dense, over budgets; or: --study routers
     python train.py --out runs/toy --merge 8       # average the last checkpoints instead of decaying (train with --decay 0 --keep 8)
     torchrun --nproc-per-node 8 --max-restarts 9 train.py --preset ling-mini-2.0 --data corpus/ --tokenizer PATH/tokenizer.json
     torchrun --nproc-per-node 8 train.py --out runs/ling-mini-2.0 --export my-ling      # its weights, in the released format
@@ -79,7 +79,10 @@ from sample import PATTERN, Parser, Tokenizer, load_tokenizer, pick_device, run_
 def amount(text):
     """A number as people write large ones: 1e18, 300B, 1.5T."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 1)
-    return float(text[:-1] if scale > 1 else text) * scale
+    n = float(text[:-1] if scale > 1 else text) * scale
+    if not 1 <= n < 1e30:
+        raise argparse.ArgumentTypeError(f"{text} must be in 1..1e30")
+    return n
 
 
 @dataclass
@@ -151,8 +154,6 @@ class TrainConfig:
 
     def __post_init__(self):
         self.data = list(self.data)
-        for name in ("tokens", "budget"):
-            require(0 <= getattr(self, name) < 1e30, f"--{name} {getattr(self, name)} must be in 0..1e30")
         if self.tokens and self.batch_tokens > 0:
             self.steps, self.tokens = math.ceil(self.tokens / self.batch_tokens), 0.0
         for f in dataclasses.fields(self):
@@ -548,8 +549,7 @@ def prepare(train, config, given_model):
         print(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB", end="", flush=True)
         tokenizer = Tokenizer.from_ranks(learn_bpe((texts[name] for name in parts["train"]), size - 1))
         print(f", {time.perf_counter() - start:.1f} s")
-    if "vocab_size" not in {**PRESETS[train.preset], **given_model} and not train.init:
-        config = dataclasses.replace(config, vocab_size=tokenizer.size, eos_token_id=tokenizer.end)
+    config = with_vocabulary(train, config, given_model, tokenizer)
     if tokenizer.size > config.vocab_size:
         raise BadInput(f"tokenizer {train.tokenizer} has {tokenizer.size} tokens, more than vocab_size={config.vocab_size}; "
                        f"raise --vocab_size to {tokenizer.size} or choose a smaller tokenizer")
@@ -563,12 +563,14 @@ def prepare(train, config, given_model):
     return tokenizer, config, arrays, shards
 
 
-def with_vocabulary(train, config, given_model):
-    """config with as large a vocabulary as prepare() will give it."""
+def with_vocabulary(train, config, given_model, tokenizer=None):
+    """config with its tokenizer's vocabulary, unless preset, flags or weights bring one. No tokenizer: its size alone, as a plan needs it."""
     if "vocab_size" in {**PRESETS[train.preset], **given_model} or train.init:
         return config
-    learned = re.fullmatch(r"bpe(\d+)", train.tokenizer)
-    return dataclasses.replace(config, vocab_size=int(learned[1]) if learned else load_tokenizer(train.tokenizer).size)
+    if tokenizer is None and (learned := re.fullmatch(r"bpe(\d+)", train.tokenizer)):
+        return dataclasses.replace(config, vocab_size=int(learned[1]))
+    tokenizer = tokenizer or load_tokenizer(train.tokenizer)
+    return dataclasses.replace(config, vocab_size=tokenizer.size, eos_token_id=tokenizer.end)
 
 
 def write_data(run, arrays):
@@ -1346,7 +1348,7 @@ REPORTED = {"ling-plus": (6.35e6, 5.08e6)}                       # RMB for 1T to
 
 
 def this_device(team):
-    """The Device this process runs on. A CPU's peak is measured, in a tenth of a second."""
+    """The Device this process runs on. A CPU's peak is measured, by the best of six matmuls."""
     if team.device.type == "cpu":
         a, b, times = torch.randn(1024, 1024), torch.randn(1024, 1024), []
         for _ in range(6):
@@ -2130,7 +2132,7 @@ def look_ahead(given_train, given_model, base):
         given = {"fresh": True, **({"seq_len": 4096} if "vocab_size" in PRESETS[preset] else {}), **given}
         S = max(1, given.get("seq_len", TrainConfig.seq_len))
         given = {"batch_tokens": max(S, TrainConfig.batch_tokens // S * S), "micro_batch_tokens": max(S, TrainConfig.micro_batch_tokens), **given}
-    _, train, config, continues = resolve(given, given_model)
+    _, train, config, _ = resolve(given, given_model)
     if new:
         config = with_vocabulary(train, config, given_model)
     if train.budget:
@@ -2146,8 +2148,6 @@ def main(argv=None):
     warnings.showwarning = lambda message, *args, **kwargs: print(f"warning: {message}", file=sys.stderr)
     given_train, given_model = parse_args(sys.argv[1:] if argv is None else argv)
     require(not {"tokens", "steps"} <= given_train.keys(), "--tokens and --steps both say how long to train; give one")
-    for name in ("tokens", "budget"):
-        require(given_train.get(name, 1) >= 1, f"--{name} {given_train.get(name)} must be at least 1")
     if given_train.get("report"):
         return report(given_train["report"])
     if given_train.get("plot"):
