@@ -1577,7 +1577,7 @@ def pyplot(size, across=1, down=1):
 def save_picture(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    print(f"  {path}")
+    print(f"drawn: {path}")
 
 
 def kind_of(token):
@@ -1608,7 +1608,6 @@ def draw(run):
     train = TrainConfig(**{f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved})
     steps = [r for r in records if r.get("ce") is not None]
     require(steps, f"--plot {run}: no steps in metrics.jsonl yet")
-    print("drawn:")
     draw_loss(run, steps, [r for r in records if "val_ce" in r], [*read_lines(run / "ledger.jsonl")])
     if loads := [r for r in steps if r.get("load")]:
         draw_load(run, loads)
