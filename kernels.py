@@ -408,6 +408,93 @@ def _(scale=1, dtype=torch.float32):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# attention_by_table: attention in generation, where each request's keys and values lie wherever a shared buffer had room (sample.py).
+# Softmax in fp32. Reading keys and values is all there is to it (2 KB a position and layer at Ling-mini-2.0), and for SDPA, which wants
+# rows, they are read, written and read again. GPU: a kernel reads them where they are, once for all the heads that share them. A
+# request's positions are cut into parts, which a second kernel joins (Flash-Decoding): one program for each request and key head would
+# leave most of a GPU idle. Shapes follow from the table's and lengths are read on the device, as a CUDA graph needs it. Not
+# yet measured on a GPU.
+
+@op
+def attention_by_table(q, keys, values, table, at):
+    """q (N,n,H,d): the newest n tokens of N requests; keys and values (slots,KV,d); table (N,S) int64, the slot of each position of a
+    request; at (N,n) int64, the position of each query, which sees those up to its own -> (N,n,H,d)."""
+    repeat = q.shape[2] // keys.shape[1]
+    k, v = (x[table].repeat_interleave(repeat, dim=2) for x in (keys, values))             # (N,S,H,d)
+    future = torch.arange(table.shape[1], device=q.device) > at.unsqueeze(-1)              # (N,n,S)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    probs = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(future.unsqueeze(1), -math.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", probs.to(q.dtype), v)
+
+
+@jit
+def attend_kernel(q, keys, values, table, at, out, weight, n, S, part, scale, H: tl.constexpr, KV: tl.constexpr, d: tl.constexpr,
+                  dp: tl.constexpr, RP: tl.constexpr, BS: tl.constexpr):
+    """One part of a request's positions, for the n * H / KV queries that share a key head: their mean value by softmax, and the log of its sum."""
+    request, head, split, requests = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(0)
+    r, c, G = tl.arange(0, RP), tl.arange(0, dp), H // KV
+    token, ok, cols = request * n + r // G, r < n * G, (c < d)[None, :]
+    row = token * H + head * G + r % G                                                       # of q and of out
+    queries = tl.load(q + row[:, None] * d + c[None, :], mask=ok[:, None] & cols, other=0.0)
+    last = tl.load(at + token, mask=ok, other=-1)
+    end = tl.minimum((split + 1) * part, tl.max(last, 0) + 1)
+    top, total, acc = tl.full((RP,), -float("inf"), tl.float32), tl.zeros((RP,), tl.float32), tl.zeros((RP, dp), tl.float32)
+    for start in range(split * part, end, BS):
+        s = start + tl.arange(0, BS)
+        slot = tl.load(table + request * S + s, mask=s < end, other=0)
+        where, there = (slot[:, None] * KV + head) * d + c[None, :], (s < end)[:, None] & cols
+        scores = tl.dot(queries, tl.trans(tl.load(keys + where, mask=there, other=0.0)), input_precision="ieee") * scale     # (RP,BS)
+        scores = tl.where(s[None, :] <= last[:, None], scores, -float("inf"))
+        new = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new == -float("inf"), 0.0, new)                                      # a query may see nothing of this part
+        p, shrink = tl.exp(scores - base[:, None]), tl.exp(top - base)
+        v = tl.load(values + where, mask=there, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top, total = new, total * shrink + tl.sum(p, 1)
+    row += split.to(tl.int64) * requests * n * H
+    tl.store(out + row[:, None] * d + c[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=ok[:, None] & cols)
+    tl.store(weight + row, top + tl.log(tl.maximum(total, 1e-30)), mask=ok)
+
+
+@jit
+def join_kernel(out, weight, y, parts, d, dp: tl.constexpr, PP: tl.constexpr):
+    """One query head: its parts' values, weighted by softmax."""
+    row, rows, i, c = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.arange(0, PP), tl.arange(0, dp)
+    w = tl.load(weight + i * rows + row, mask=i < parts, other=-float("inf"))
+    w = tl.exp(w - tl.max(w, 0))
+    each = tl.load(out + (i[:, None] * rows + row) * d + c[None, :], mask=(i < parts)[:, None] & (c < d)[None, :], other=0.0)
+    tl.store(y + row * d + c, tl.sum(w[:, None] * each, 0) / tl.sum(w, 0), mask=c < d)
+
+
+@attention_by_table.fused(when=lambda q, *_: on_gpu(q) and not torch.is_grad_enabled())
+def _attention_by_table_gpu(q, keys, values, table, at):
+    (N, n, H, d), S, KV, BS = q.shape, table.shape[1], keys.shape[1], 16 if INTERPRETED else 64
+    q, keys, values, table, at = (x.contiguous() for x in (q, keys, values, table, at))
+    parts = min(32, max(1, 256 // (N * KV)), cdiv(S, 2 * BS))                                # about 256 programs, of two blocks at least
+    part = cdiv(cdiv(S, parts), BS) * BS
+    parts, y = cdiv(S, part), torch.empty_like(q)
+    out, weight = q.new_empty(parts, *q.shape, dtype=torch.float32), q.new_empty(parts, N, n, H, dtype=torch.float32)
+    launch(attend_kernel, (N, KV, parts), q, keys, values, table, at, out, weight, n, S, part, d ** -0.5, H=H, KV=KV, d=d, dp=pow2(d),
+           RP=max(16, pow2(n * H // KV)), BS=BS)
+    launch(join_kernel, (N * n * H,), out, weight, y, parts, d, dp=pow2(d), PP=pow2(parts))
+    return y
+
+
+@attention_by_table.fused(when=lambda *_: True)
+def _attention_by_copy(q, keys, values, table, at):
+    seen = torch.arange(table.shape[1], device=q.device) <= at[:, None, :, None]             # (N,1,n,S)
+    q, k, v = (x.transpose(1, 2) for x in (q, keys[table], values[table]))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+@case("attention_by_table")
+def _(scale=1, dtype=torch.float32):
+    N, S = 64 // scale, 512 // scale
+    table, at = torch.randperm(N * S).view(N, S), S // 2 - 1 + torch.arange(N)[:, None]
+    return torch.randn(N, 1, 4, 64, dtype=dtype), *(torch.randn(N * S, 2, 64, dtype=dtype) for _ in range(2)), table, at
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # swiglu: silu(gate) * up, the two halves of the last dimension [SwiGLU] arXiv 2002.05202 eq. 6. Result in the input's dtype.
 # Autograd saves gate, up and silu(gate); the twin saves the input and writes both halves of its gradient in place. Gain: 1.1x, a third
 # less memory. GPU: one pass each way.
@@ -1240,6 +1327,9 @@ def gpu_twins(x, D=2048, E=256, k=8, width=512, V=157184):
     for weight in (new(20, 128), None):
         grads(_RopeGPU.apply, (new(T // 4096, 4096, 20, 128), tables, tables, 64, weight, 1e-6))
     grads(_SwiGLUGPU.apply, (new(T, 2 * width),))
+    slots, ids = new(T, 4, 128), lambda *shape: new(*shape, dtype=torch.int64)
+    for n in (1, 4):                                             # 16 query heads on 4 keys; a token each, or four with speculation
+        _attention_by_table_gpu(new(32, n, 16, 128), slots, slots, ids(32, 4096), ids(32, n))
     grads(_linear_cross_entropy_gpu, (x, new(V, D), new(T, dtype=torch.int64), False))
 
 

@@ -397,10 +397,17 @@ class Warmup(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What one MoE layer reports: load (E,) int64 rows per expert; balance and z, 0-d sums over counted tokens, None if unused."""
-    load: torch.Tensor
+    """What one MoE layer reports: chosen (T,k) int64; counted (T,) bool, None: all tokens; balance and z, 0-d sums over these, None if unused."""
+    chosen: torch.Tensor
+    counted: torch.Tensor
     balance: torch.Tensor
     z: torch.Tensor
+
+
+def rows_per_expert(chosen, counted, E):
+    """chosen (T,k), counted (T,) bool or None: all -> (E,) int64. Ignored targets (padding) count in no load, as in no loss."""
+    hits = torch.ones_like(chosen) if counted is None else counted.to(chosen.dtype).unsqueeze(1).expand_as(chosen)
+    return chosen.new_zeros(E).scatter_add_(0, chosen.flatten(), hits.flatten())             # bincount would sync
 
 
 class Router(nn.Module):
@@ -421,19 +428,18 @@ class Router(nn.Module):
         mixed = logits if warmup is None else warmup.mix(logits, self.layer)
         weights, chosen, scores = route(mixed, self.expert_bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.score_function,
                                         c.norm_topk_prob, c.routed_scaling_factor)
-        # Ignored targets (padding) count in no load and no loss.
-        hits = torch.ones_like(chosen) if counted is None else counted.to(chosen.dtype).unsqueeze(1).expand_as(chosen)
-        load = chosen.new_zeros(c.num_experts).scatter_add_(0, chosen.flatten(), hits.flatten())                # (E,); bincount would sync
         balance = z = None
         if counted is not None and c.router_aux_loss_coef:
             # [Switch] eq. 4-6: E * sum_e f_e P_e, f the share of routed rows, P the mean score (Ling.forward divides by the count);
             # 1 when even. Only P has a gradient. An f of this micro-batch alone asks every few sequences to be even, and changes
             # with the split of the batch; a given one (train.py --balance global) asks it of the whole.
-            share = load / load.sum().clamp(min=1) if share is None else share
+            if share is None:
+                load = rows_per_expert(chosen, counted, c.num_experts)
+                share = load / load.sum().clamp(min=1)
             balance = c.num_experts * (share * (scores * counted.unsqueeze(1)).sum(0)).sum()
         if counted is not None and c.router_z_loss_coef:
             z = (logits.logsumexp(-1).square() * counted).sum()                              # [STMoE] eq. 5, on the router's own logits
-        return weights, chosen, Routing(load, balance, z)
+        return weights, chosen, Routing(chosen, counted, balance, z)
 
 
 @torch.no_grad()
@@ -709,7 +715,7 @@ class Ling(nn.Module):
         return Output(None, loss, parts, self.stack_loads(routings))
 
     def stack_loads(self, routings):
-        loads = [routing.load for routing in routings if routing is not None]
+        loads = [rows_per_expert(routing.chosen, routing.counted, self.config.num_experts) for routing in routings if routing is not None]
         return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=self.norm.weight.device)
 
     def logits(self, x, cache=None):

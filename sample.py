@@ -34,7 +34,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from kernels import attention, pow2
+from kernels import attention, attention_by_table, pow2
 from ling import BadInput, KVCache, Ling, read_json, require, verify_checksums, write_beside
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,11 +442,8 @@ class Segments(KVCache):
         if self.table is None:
             join = lambda x, runs: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, i:j] for i, j in runs], dim=1)
             return torch.cat([attention(q[:, i:j], join(keys, runs), join(values, runs)) for i, j, runs in self.spans], dim=1)
-        # A few tokens of each of N requests: on an accelerator one call on copied keys is better than N calls.
-        (N, S), H, KV = self.table.shape, q.shape[2], k.shape[2]
-        seen = torch.arange(S, device=q.device) <= self.at.view(N, 1, -1, 1)                 # (N,1,n,S)
-        q, k, v = (x.transpose(1, 2) for x in (q.view(N, -1, H, q.shape[3]), keys[0, self.table], values[0, self.table]))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=H != KV).transpose(1, 2).reshape(1, -1, H, q.shape[3])
+        N, H = len(self.table), q.shape[2]                       # a few tokens of each of N requests, at once
+        return attention_by_table(q.view(N, -1, H, q.shape[3]), keys[0], values[0], self.table, self.at.view(N, -1)).view(q.shape)
 
 
 class Engine:

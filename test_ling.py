@@ -330,6 +330,23 @@ def test_gpu_rope(B, S, N, d, r, norm, poisoned):
     agree(view(kernels._RopeGPU.apply), kernels.rope.reference, [heads, cos, sin, r, torch.rand(N, d) + 0.5 if norm else None, 1e-6], poisoned)
 
 
+@pytest.mark.parametrize("N, n, H, KV, d, S", [(3, 1, 4, 2, 24, 100), (2, 4, 6, 2, 16, 37), (1, 1, 8, 1, 32, 5), (5, 2, 2, 2, 8, 64), (40, 1, 1, 1, 16, 130)])
+def test_gpu_attention_by_table(N, n, H, KV, d, S, poisoned):
+    """A part none of whose positions a query sees, a table longer than any request, slots in any order, a head that is no power of two."""
+    torch.manual_seed(0)
+    lengths = torch.randint(n, S + 1, (N,))
+    lengths[0] = n                                               # the shortest there is: but for n positions its parts are empty
+    table, at = torch.randint(0, N * S, (N, S)), lengths[:, None] - n + torch.arange(n)
+    keys, values = torch.randn(2, N * S, KV, d)
+    unused = torch.ones(N * S, dtype=torch.bool).index_fill(0, torch.cat([row[:length] for row, length in zip(table, lengths)]), False)
+    args = [a.to(poisoned) for a in (torch.randn(N, n, H, d), keys, values, table, at)]
+    want = kernels.attention_by_table.reference(*args)
+    args[1][unused], args[2][unused] = torch.nan, torch.nan      # what no request holds is never read
+    with torch.no_grad():
+        got = kernels._attention_by_table_gpu(*args)
+    assert got.isfinite().all() and worst(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("T, V, norm_head", [(5, 77, True), (1, 32, False), (3, 200, False)])
 def test_gpu_loss_and_swiglu(T, V, norm_head, poisoned):
     """A vocabulary that no block divides, ignored targets whose logits still get a gradient, several chunks."""
@@ -2635,6 +2652,16 @@ def gpu_bench(tiny=False):
             yield "  times the speed of transformers' batched_mm", goal, ms["hf"] / ms["ours"], floor / ms["hf"]
 
     @torch.no_grad()
+    def decoding_attention(batch):
+        N, S, KV, d = batch, 16 if tiny else 4096, c.num_key_value_heads, c.head_dim
+        keys, values, table = new(N * S, KV, d), new(N * S, KV, d), torch.randperm(N * S, device=device).view(N, S)
+        args = new(N, 1, c.num_attention_heads, d), keys, values, table, torch.full((N, 1), S - 1, device=device)
+        ms = time_({who: graphed(lambda: fn(*args), device) for who, fn in (("ours", kernels.attention_by_table), ("copy", kernels._attention_by_copy))})
+        floor = 2e3 * keys.nbytes / peak["bandwidth"]
+        yield f"attention by table, {N} x {S}, captured: microseconds", "", 1e3 * ms["ours"], floor / ms["ours"]
+        yield "  times the speed of copying for SDPA", ">= 1", ms["copy"] / ms["ours"], floor / ms["copy"]
+
+    @torch.no_grad()
     def decoding(batch, goal):
         model, context = random_model(mini, device, dtype).eval(), 8 if tiny else 4096
         cache, tokens = KVCache(c, batch, context + 1), torch.randint(0, V, (batch, 1), device=device)
@@ -2670,7 +2697,8 @@ def gpu_bench(tiny=False):
         parts.append((f"experts {shape}, skew {skew}", moe(*shape, skew, goal)))
     parts += [("guarantees", guarantees()), ("loss", loss()), ("small ops", small_ops()), ("training", training())]
     for batch, tokens, times in ((1, ">= 900", ">= 1.5"), (8, "", ">= 2.2"), (32, ">= 3000", ">= 3"))[:1 if tiny else 3]:
-        parts += [(f"decoding experts, {batch}", decoding_experts(batch, times)), (f"decoding, {batch}", decoding(batch, tokens)),
+        parts += [(f"decoding experts, {batch}", decoding_experts(batch, times)), (f"decoding attention, {batch}", decoding_attention(batch)),
+                  (f"decoding, {batch}", decoding(batch, tokens)),
                   (f"serving, {batch}", serving(batch))]
 
     versions = [f"{name} {importlib.import_module(name).__version__}" for name in ("torch", "triton", "transformers")
