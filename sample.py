@@ -63,7 +63,13 @@ class Tokenizer:
         return cls(encoding, file=("tokenizer.tiktoken", b"".join(lines)))
 
     def encode(self, text):
-        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        """Raises BadInput on a text whose longest piece is too much for tiktoken."""
+        try:
+            return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        except BaseException as error:                           # a panic in tiktoken's regex is no Exception
+            require(type(error).__name__ != "PanicException", f"tiktoken cannot cut a text of {len(text)} characters ({error}): break up its longest "
+                    "run of blanks, which may have some hundred thousand")
+            raise
 
     def encode_chat(self, pieces):
         """pieces [(text, is it the template's own?)] -> ids. Special tokens are looked for in the template's own text alone;
@@ -894,6 +900,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_cli(prog, main):
     """Run a main(). A user's mistake, a full disk or too little memory ends it with one line on stderr and exit code 2."""
+    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")              # closed, as under a service
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")                 # a terminal without UTF-8 shows ? and not a traceback
     try:

@@ -1746,6 +1746,7 @@ BAD = {
     "--data nul.txt": "binary",
     "--data ids.bin": "token id 999, beyond the vocabulary of 257",
     "--data ids.bin text.txt": "mixes",
+    "--data blanks.txt": "cannot cut a text of 1000001 characters",
     "--data ids.bin --tokenizer bpe300": "already token ids",
     "--seq_len 400000 --batch_tokens 400000 --micro_batch_tokens 400000": "exceeds max_position_embeddings",
     "--seq_len 4096 --batch_tokens 4096 --micro_batch_tokens 4096 --data short.txt": "less than one window",
@@ -1774,6 +1775,7 @@ def test_bad_input(flags, folder):
     """A traceback, an error without a remedy, or a run folder left behind by a run that could not start."""
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("too short")
+    (folder / "blanks.txt").write_text(" " * 1000000 + "x")
     (folder / "binary.dat").write_bytes(bytes(range(256)) * 8)
     (folder / "nul.txt").write_bytes(b"text\0text")
     (folder / "ids.bin").write_bytes((np.arange(4000, dtype=np.uint16) % 1000).tobytes())
@@ -1796,6 +1798,8 @@ def test_bad_resume_and_bad_sampling(folder):
                          (["--tokenizer", "runs/other"], "not the one in"), (["--topk", "3"], "unrecognized")):
         code, _, err = cli(sample, "runs/toy", "--prompt", "x", *flags)
         assert code == 2 and words in err and len(err.splitlines()) == 1, err
+    closed = subprocess.run(["bash", "-c", f"{sys.executable} {HERE / 'sample.py'} runs/toy --tokens 2 <&- >&-"], capture_output=True, text=True)
+    assert closed.returncode == 0 and "2 tokens in" in closed.stderr, closed.stderr
     (folder / "runs/toy/config.json").rename(folder / "runs/toy/config.moved")
     code, _, err = cli(sample, "runs/toy")
     assert code == 2 and "no config.json" in err
