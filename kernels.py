@@ -145,11 +145,11 @@ def on_gpu(x):
             and not torch.compiler.is_compiling())
 
 
-def autocast(*tensors):
+def autocast(x):
     """What F.linear does to its inputs under autocast, which leaves hand-written Functions alone."""
-    device = tensors[0].device.type
+    device = x.device.type
     dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
-    return [t.to(dtype) for t in tensors]                       # .to(None) changes nothing
+    return x.to(dtype)                                          # .to(None) changes nothing
 
 
 def pow2(n):
@@ -771,7 +771,7 @@ _experts_in_graph.register_autograd(_experts_graph_gradient, setup_context=lambd
 
 @experts.fused(when=lambda *_: torch.compiler.is_compiling())
 def _experts_compiled(x, weights, chosen, gate_up, down, shared=None):
-    x, gate_up, down = autocast(x, gate_up, down)
+    x, gate_up, down = map(autocast, (x, gate_up, down))
     y = _experts_in_graph(x, weights, chosen, gate_up, down)
     return y if shared is None else y + shared
 
@@ -780,7 +780,7 @@ def _experts_compiled(x, weights, chosen, gate_up, down, shared=None):
 def _experts_grouped_mm(x, weights, chosen, gate_up, down, shared=None):
     """torch's own grouped matmul, which reads the active experts only."""
     dtype, (T, k) = x.dtype, chosen.shape
-    x, gate_up, down = autocast(x, gate_up, down)
+    x, gate_up, down = map(autocast, (x, gate_up, down))
     flat, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(flat, torch.arange(len(down), device=x.device), right=True, out_int32=True)
     h = F.grouped_mm(x.index_select(0, order // k), gate_up.transpose(1, 2), offs=ends)
@@ -1048,7 +1048,7 @@ def down_decode_kernel(z, chosen, w, shared, y, D, F, k: tl.constexpr, BN: tl.co
 @experts.fused(when=lambda x, weights, chosen, *_: on_gpu(x) and chosen.numel() <= 64 and not torch.is_grad_enabled())
 def _experts_decode_gpu(x, weights, chosen, gate_up, down, shared=None):
     """Generation: two launches of static shape, which a CUDA graph can hold, that read the chosen experts' weights once per choice."""
-    (x,), (T, k), (_, D, width) = autocast(x.contiguous()), chosen.shape, down.shape
+    x, (T, k), (_, D, width) = autocast(x.contiguous()), chosen.shape, down.shape
     weights, chosen, shared = (t if t is None else t.contiguous() for t in (weights, chosen, shared))
     z, y = x.new_empty(T * k, width), torch.empty_like(x)
     launch(up_decode_kernel, (T * k, cdiv(width, 16)), x, weights, chosen, gate_up, z, D, width, k=k, BN=16, BK=min(256, pow2(D)))
@@ -1066,7 +1066,7 @@ class _ExpertsGPU(torch.autograd.Function):
     def forward(ctx, x, weights, chosen, gate_up, down, shared=None):
         ctx.dtypes, ctx.shared = (gate_up.dtype, down.dtype), shared is not None
         (E, D, width), R, k = down.shape, chosen.numel(), chosen.shape[1]
-        (x,), weights = autocast(x.contiguous()), weights.contiguous()
+        x, weights = autocast(x.contiguous()), weights.contiguous()
         gate_up, down, (order, place, offsets) = gate_up.to(x.dtype), down.to(x.dtype), plan(chosen.contiguous(), E)
         h, z, y = x.new_empty(R, 2 * width), x.new_empty(R, width), x.new_empty(R, D)
         grouped("up", up_kernel, width, D, (x, order, weights, gate_up, h, z, offsets, D, width), R, E, k=k)
@@ -1207,7 +1207,7 @@ def _linear_cross_entropy_cpu(x, weight, targets, norm_head):
 
 @linear_cross_entropy.fused(when=lambda x, *_: on_gpu(x))
 def _linear_cross_entropy_gpu(x, weight, targets, norm_head):
-    x, weight = autocast(x, weight)
+    x, weight = map(autocast, (x, weight))
     return _LinearCrossEntropy.apply(x, weight, targets, norm_head, softmax_gradient_gpu, 4 << 30, 2048)   # small chunks ruin the matmuls
 
 

@@ -140,7 +140,7 @@ class LingConfig:
         self.head_dim, self.rotary_dim = self.head_dim or None, self.rotary_dim or None          # some releases say 0
         may_be_zero = ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers", "router_warmup_steps")
         for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), int(f.type is int and f.name not in may_be_zero and not f.name.endswith("_id"))
+            value, least = getattr(self, f.name), 1 if f.type is int and f.name not in may_be_zero and not f.name.endswith("_id") else 0
             if f.type is bool:
                 require(isinstance(value, bool), f"{f.name}={value!r} must be true or false")
             elif f.type in (int, float) and not (value is None and f.default is None):
@@ -190,7 +190,7 @@ class LingConfig:
         for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True), ("quant_method", "fp8"),
                           ("weight_block_size", [BLOCK, BLOCK]), ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
             require((found := quantized.get(key, d.get(key))) in (None, want), f"{key}={found!r} in config.json: only {want!r}, as in Ling's "
-                    "releases, is implemented; take one of these")
+                    "releases, is implemented; use an unmodified release")
         # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
         architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
@@ -198,7 +198,7 @@ class LingConfig:
                       routed_scaling_factor=1.0, num_nextn_predict_layers=0, moe_router_enable_expert_bias=False)
         elif architecture == LING2:     # the official gate ignores score_function and norm_topk_prob: always sigmoid, always normalised
             d |= dict(score_function="sigmoid", norm_topk_prob=True, norm_head=False)
-            d.setdefault("partial_rotary_factor", 1.0)
+            d.setdefault("partial_rotary_factor", 1.0)           # the official class's; a file may bring rotary_dim instead (Ling-1T)
         elif architecture != "Ling":
             raise BadInput(f"architecture {architecture!r} is neither Ling 1 ({LING1}) nor Ling 2 ({LING2})")
         d["num_key_value_heads"] = d.get("num_key_value_heads") or d["num_attention_heads"]
@@ -311,7 +311,7 @@ class RoPETables:
         """-> cos, sin: fp32 (S,d) of positions, a slice or int64 (S,), laid out for y = x * cos + swap(x) * sin."""
         end = positions.stop if isinstance(positions, slice) else self.config.max_position_embeddings
         if end > len(self.cos) or self.cos.device != device:
-            with torch.inference_mode(False):                                                # training may use these tables next
+            with torch.inference_mode(False):        # training may use these tables next, and what inference mode makes no backward can keep
                 inv_freq, factor = rope_frequencies(self.config)
                 angle = torch.outer(torch.arange(1 << (end - 1).bit_length(), dtype=torch.float32, device=device), inv_freq.to(device))
                 cos, sin, rest = angle.cos() * factor, angle.sin() * factor, (0, self.config.head_dim - self.config.rotary_width)
@@ -367,7 +367,7 @@ class Attention(nn.Module):
         H, KV, d = self.H, self.KV, self.d
         qk, v = linear(x, self.query_key_value.weight, self.query_key_value.bias).split([(H + KV) * d, KV * d], dim=-1)
         norm = None
-        if self.query_layernorm is not None:                                                 # [Ling2]: bounds the logits; rope applies it first
+        if self.query_layernorm is not None:                                                 # QK-norm [Ling2] bounds the logits; rope does it first
             norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
         q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, self.r, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
         v = v.unflatten(-1, (KV, d))
@@ -397,7 +397,8 @@ class Warmup(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What one MoE layer reports: chosen (T,k) int64; counted (T,) bool, None: all tokens; balance and z, 0-d sums over these, None if unused."""
+    """What one MoE layer reports: the experts chosen (T,k) int64; counted (T,) bool: the tokens that count, None: all; balance and z: 0-d
+    sums over these, None if unused."""
     chosen: torch.Tensor
     counted: torch.Tensor
     balance: torch.Tensor
@@ -417,11 +418,11 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.register_buffer("expert_bias", None if config.is_ling1 else torch.zeros(config.num_experts))
+        self.register_buffer("expert_bias", None if config.is_ling1 else torch.zeros(config.num_experts))    # also where it is off: files have it
 
-    def forward(self, x, counted, warmup, share=None):
-        """x (T,D) -> weights (T,k), experts (T,k), Routing. counted (T,) bool: tokens whose target is scored; None: no targets.
-        share (E,): f of the balance loss; None: that of this batch."""
+    def forward(self, x, counted, warmup, fraction=None):
+        """x (T,D) -> weights (T,k), Routing. counted (T,) bool: tokens whose target is scored; None: no targets.
+        fraction (E,): f of the balance loss; None: that of this batch."""
         c = self.config
         with torch.autocast(x.device.type, enabled=False):                                   # or mixed precision would undo .float()
             logits = linear(x.float(), self.weight.float())                                  # (T,E)
@@ -430,16 +431,18 @@ class Router(nn.Module):
                                         c.norm_topk_prob, c.routed_scaling_factor)
         balance = z = None
         if counted is not None and c.router_aux_loss_coef:
-            # [Switch] eq. 4-6: E * sum_e f_e P_e, f the share of routed rows, P the mean score (Ling.forward divides by the count);
+            # [Switch] eq. 4-6: E * sum_e f_e P_e, f the fraction of routed rows, P the mean score (Ling.forward divides by the count);
             # 1 when even. Only P has a gradient. An f of this micro-batch alone asks every few sequences to be even, and changes
-            # with the split of the batch; a given one (train.py --balance global) asks it of the whole.
-            if share is None:
+            # with the split of the batch; a given one (train.py --balance global) asks it of the whole. Sigmoid scores are divided by
+            # their sum [DSv3 eq. 19], or lowering them all would pay.
+            if fraction is None:
                 load = rows_per_expert(chosen, counted, c.num_experts)
-                share = load / load.sum().clamp(min=1)
-            balance = c.num_experts * (share * (scores * counted.unsqueeze(1)).sum(0)).sum()
+                fraction = load / load.sum().clamp(min=1)
+            P = scores / scores.sum(-1, keepdim=True)
+            balance = c.num_experts * (fraction * (P * counted.unsqueeze(1)).sum(0)).sum()
         if counted is not None and c.router_z_loss_coef:
             z = (logits.logsumexp(-1).square() * counted).sum()                              # [STMoE] eq. 5, on the router's own logits
-        return weights, chosen, Routing(chosen, counted, balance, z)
+        return weights, Routing(chosen, counted, balance, z)
 
 
 @torch.no_grad()
@@ -494,7 +497,11 @@ def slices(part):
 def local_matrices(p):
     """Yields (expert, what this rank holds of its matrix, that part of the whole as slices), or (None, ...) once if p is no stack."""
     part = part_of(p)
-    yield from ((e, matrix, slices(part[1:])) for e, matrix in zip(part[0], local(p))) if p.dim() == 3 else [(None, local(p), slices(part))]
+    if p.dim() < 3:
+        yield None, local(p), slices(part)
+    else:
+        for e, matrix in zip(part[0], local(p)):
+            yield e, matrix, slices(part[1:])
 
 
 class AllToAll(torch.autograd.Function):
@@ -529,14 +536,14 @@ class Experts(nn.Module):
             return experts(x, weights, chosen, self.gate_up, self.down, shared)
         # Expert parallelism, dropless: rows go to the rank that holds their expert, whatever number that is, and come back. A rank
         # without a row still takes part in every exchange.
-        (T, k), E, x = chosen.shape, len(self.gate_up), autocast(x)[0]
+        (T, k), E, x = chosen.shape, len(self.gate_up), autocast(x)
         order = chosen.flatten().argsort(stable=True)                                        # 1 sort: T*k rows by expert
-        counts = chosen.new_zeros(E).scatter_add_(0, chosen.flatten(), torch.ones_like(order))   # (E,)
+        counts = rows_per_expert(chosen, None, E)                                            # (E,)
         arriving = torch.empty_like(counts)                                                  # (ranks * my experts,)
         with AllToAll.timer():
             dist.all_to_all_single(arriving, counts, group=self.group)
         ranks = dist.get_world_size(self.group)
-        sends, receives = torch.stack([counts, arriving]).view(2, ranks, -1).sum(2).tolist() # SYNC: the one of a layer
+        sends, receives = torch.stack([counts, arriving]).view(2, ranks, -1).sum(2).tolist() # SYNC: the layer's only one
         rows = AllToAll.apply(x[order // k], sends, receives, self.group)                    # 2 send: (R,D), by sender, then by expert
         scale = AllToAll.apply(weights.flatten()[order], sends, receives, self.group)        # (R,)
         mine = torch.arange(E // ranks, device=x.device).repeat(ranks).repeat_interleave(arriving, output_size=len(rows))   # (R,)
@@ -555,11 +562,11 @@ class MoE(nn.Module):
         shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x, counted, warmup, share):
+    def forward(self, x, counted, warmup, fraction):
         h = x.flatten(0, 1)                                                                  # (T,D), T = B*S
-        weights, chosen, routing = self.gate(h, counted, warmup, share)                      # 1 route: (T,k), (T,k)
+        weights, routing = self.gate(h, counted, warmup, fraction)                           # 1 route: (T,k), chosen (T,k)
         shared = None if self.shared_experts is None else self.shared_experts(h)             # 2 shared: weight 1, never scaled
-        y = self.experts(h, weights, chosen, shared)                                         # 3 sort, matmuls, weighted sum, added: (T,D)
+        y = self.experts(h, weights, routing.chosen, shared)                                 # 3 sort, matmuls, weighted sum, added: (T,D)
         return y.view_as(x), routing
 
 
@@ -574,11 +581,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MLP(D, config.intermediate_size) if layer < config.first_k_dense_replace else MoE(config, layer)
 
-    def forward(self, x, cos_sin, counted=None, cache=None, warmup=None, share=None):
+    def forward(self, x, cos_sin, counted=None, cache=None, warmup=None, fraction=None):
         """x (B,S,D) -> x (B,S,D), Routing (None in a dense layer)."""
         x = x + self.attention(self.input_layernorm(x), cos_sin, cache)
         h = self.post_attention_layernorm(x)
-        y, routing = self.mlp(h, counted, warmup, share) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        y, routing = self.mlp(h, counted, warmup, fraction) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
         return x + y, routing
 
 
@@ -592,9 +599,9 @@ class MTP(Block):
         self.enorm, self.hnorm, self.final_layernorm = RMSNorm(D, eps), RMSNorm(D, eps), RMSNorm(D, eps)
         self.eh_proj = nn.Linear(2 * D, D, bias=False)
 
-    def forward(self, h, embedding, cos_sin, counted=None, cache=None, warmup=None, share=None):     # both (B,S,D)
+    def forward(self, h, embedding, cos_sin, counted=None, cache=None, warmup=None, fraction=None):     # both (B,S,D)
         x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(h)], dim=-1))          # embedding first: [DSv3] writes it second
-        x, routing = super().forward(x, cos_sin, counted, cache, warmup, share)
+        x, routing = super().forward(x, cos_sin, counted, cache, warmup, fraction)
         return self.final_layernorm(x), routing
 
 
@@ -602,7 +609,7 @@ class Output(NamedTuple):
     logits: torch.Tensor        # (B,S,V) fp32, or None when targets were given
     loss: torch.Tensor          # 0-d fp32, the training objective, or None
     parts: dict                 # its terms before weighting: ce, mtp, balance, z; a term the model does not have is absent
-    load: torch.Tensor          # (MoE layers, E) int64: routed rows per expert; MTP's layers last
+    load: torch.Tensor          # (MoE layers, E) int64: routed rows per expert; MTP's layers last, where there are targets
 
 
 def shift(x, by, fill):
@@ -654,14 +661,14 @@ class Ling(nn.Module):
                     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{e or 0}".encode()))
                     matrix.copy_(torch.empty(p.shape[-2:], dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)[part])
 
-    def trunk(self, tokens, cache=None, counted=None, warmup=None, shares=()):
-        """tokens (B,S) -> x (B,S,D) after the final norm, and each block's Routing or None. The rest as in forward."""
-        S, shares = tokens.shape[1], iter(shares)
+    def trunk(self, tokens, cache=None, counted=None, warmup=None, fractions={}):
+        """tokens (B,S) -> x (B,S,D) after the final norm, and each block's Routing or None. fractions {block: (E,)}; the rest as in forward."""
+        S = tokens.shape[1]
         require(S > 0, "tokens (B,S) must have at least one position")
         cos_sin = self.rope(slice(0, S) if cache is None else cache.positions(S), tokens.device)
-        (x,), routings = autocast(self.word_embeddings(tokens)), []                          # the residual stream has the activations' dtype
+        x, routings = autocast(self.word_embeddings(tokens)), []                             # the residual stream has the activations' dtype
         for block in self.layers:
-            x, routing = block(x, cos_sin, counted, cache, warmup, next(shares, None) if isinstance(block.mlp, MoE) else None)
+            x, routing = block(x, cos_sin, counted, cache, warmup, fractions.get(block))
             routings.append(routing)                                                         # x (B,S,D)
         if cache is not None:
             cache.advance(S)
@@ -677,17 +684,17 @@ class Ling(nn.Module):
         """The blocks that route, in the order of the rows of Output.load."""
         return [block for block in [*self.layers, *self.mtp] if isinstance(block.mlp, MoE)]
 
-    def forward(self, tokens, targets=None, cache=None, *, counts=None, warmup=None, shares=None, logits_to_keep=0):
+    def forward(self, tokens, targets=None, cache=None, *, counts=None, warmup=None, fractions=None, logits_to_keep=0):
         """tokens (B,S) int64, targets (B,S) int64 already shifted by one, negative = ignored -> Output.
 
         There is no attention mask: pad on the right, where causal attention never looks, and ignore the padding's targets.
         cache: a KVCache that tokens continue. counts: count_targets() of the whole step, if this batch is only a part of it.
-        warmup: a Warmup, or None. shares (MoE layers, E): f of the balance losses, if not this batch's.
+        warmup: a Warmup, or None. fractions (MoE layers, E): f of the balance losses, if not this batch's.
         logits_to_keep: only the last so many positions' logits (0: all)."""
-        c, shares = self.config, iter(() if shares is None else shares)
+        c, fractions = self.config, {} if fractions is None else dict(zip(self.moe_blocks(), fractions, strict=True))
         require(targets is None or targets.shape == tokens.shape, "targets must have the shape of tokens, (B,S)")
         counted = None if targets is None else (targets >= 0).flatten()                      # (T,)
-        x, routings = self.trunk(tokens, cache, counted, warmup, shares)
+        x, routings = self.trunk(tokens, cache, counted, warmup, fractions)
         if targets is None:
             return Output(self.logits(x[:, -logits_to_keep:], cache), None, {}, self.stack_loads(routings))
         depths = [0] * len(routings)
@@ -701,14 +708,14 @@ class Ling(nn.Module):
             for m, block in enumerate(self.mtp, start=1):
                 # Past the end of the window token and target are unknown: unscored, never wrapped to another row.
                 embedding, further = self.word_embeddings(shift(tokens, m, 0)), shift(targets, m, -1)
-                h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), None, warmup, next(shares, None))
+                h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), None, warmup, fractions.get(block))
                 losses.append(head(h, further) / counts[m])
                 routings.append(routing)
                 depths.append(m)
             parts["mtp"] = torch.stack(losses).mean()                                        # [DSv3 eq. 25]
         for routing, m in zip(routings, depths):                                             # summed over MoE layers, MTP's too
-            for name, value in (("balance", routing and routing.balance), ("z", routing and routing.z)):
-                if value is not None:
+            for name in ("balance", "z"):
+                if (value := getattr(routing, name, None)) is not None:                      # None: a dense layer's routing, too
                     parts[name] = parts.get(name, 0.0) + value / counts[m]
         scale = {"ce": 1.0, "mtp": c.mtp_loss_scaling_factor, "balance": c.router_aux_loss_coef, "z": c.router_z_loss_coef}
         loss = sum(scale[name] * part for name, part in parts.items())
@@ -719,10 +726,11 @@ class Ling(nn.Module):
         return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=self.norm.weight.device)
 
     def logits(self, x, cache=None):
-        """x (B,S,D) after the final norm -> (B,S,V) fp32."""
+        """x (B,S,D) after the final norm -> (B,S,V) fp32. NormHead [Ling1 eq. 4] divides each column of W (V,D), a hidden channel's, by its
+        norm over the vocabulary (not rows, as Baichuan2 does); the norm gets no gradient. Scaling x is the same product and copies no W."""
         if self.config.norm_head:
             scale = norm_head_scale(self.lm_head.weight) if cache is None or cache.head_scale is None else cache.head_scale
-            x = (x * scale).to(x.dtype)                                                      # same product as with W / column norms
+            x = (x * scale).to(x.dtype)
             if cache is not None:
                 cache.head_scale = scale
         return linear(x, self.lm_head.weight).float()
@@ -739,12 +747,12 @@ class Ling(nn.Module):
         Raises BadInput when a tensor is missing, unexpected, or of the wrong shape or dtype, or a file is damaged."""
         with torch.device("meta"):
             model = cls(read_config(path))
-        source, named = open_weights(path, model), f"torch.{read_json(Path(path) / 'config.json').get('torch_dtype')}"
-        unscaled = next((kept for kept in FLOATS if str(kept) == named), torch.bfloat16)
+        source, declared = open_weights(path, model), read_json(Path(path) / "config.json").get("torch_dtype")
+        of_fp8 = next((dtype_ for dtype_ in FLOATS if str(dtype_) == f"torch.{declared}"), torch.bfloat16)
         for own, rows in itertools.groupby(released_table(model), key=lambda row: row[1]):
             stored = [source[name].dtype for names, *_ in rows for name in names if name in source] if isinstance(source, dict) else []
-            kept = functools.reduce(torch.promote_types, [unscaled if kept == FP8 else kept for kept in stored] or [torch.float32])
-            kept = torch.float32 if own.endswith("expert_bias") else dtype or kept
+            found = [of_fp8 if dtype_ == FP8 else dtype_ for dtype_ in stored] or [torch.float32]
+            kept = torch.float32 if own.endswith("expert_bias") else dtype or functools.reduce(torch.promote_types, found)
             module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
             new = torch.empty(getattr(module, leaf).shape, dtype=kept, device=device)
             if new.device.type == "cpu":    # numpy's memory has huge pages on Linux; in small ones, page faults took longer than reading
@@ -792,13 +800,13 @@ class Ling(nn.Module):
         path = Path(path)
         require(not any(path.glob("step_*")), f"{path} is a run of train.py, which would go on loading its checkpoints; save elsewhere")
         path.mkdir(parents=True, exist_ok=True)
-        kind = lambda own: self.own_tensor(own).dtype if dtype is None or own.endswith("expert_bias") else dtype
+        dtype_of = lambda own: self.own_tensor(own).dtype if dtype is None or own.endswith("expert_bias") else dtype
         shards, room = [[]], max_shard_bytes                                                 # each a list of (name, own, e, i of n, shape)
         for names, own, e in released_table(self):
             for i, name in enumerate(names):
                 shape = list(self.own_tensor(own).shape[-2:] if e is not None else self.own_tensor(own).shape)
                 shape[0] //= len(names)
-                size = math.prod(shape) * kind(own).itemsize
+                size = math.prod(shape) * dtype_of(own).itemsize
                 if shards[-1] and size > room:
                     shards, room = [*shards, []], max_shard_bytes
                 shards[-1].append((name, own, e, i, len(names), shape))
@@ -807,8 +815,8 @@ class Ling(nn.Module):
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         whole = functools.lru_cache(1)(lambda own, e: whole_matrix(self.own_tensor(own), e))   # gate and up are of one matrix: gathered once
         for i, (file, shard) in enumerate(zip(files, shards)):
-            layout = {name: (kind(own), shape) for name, own, _, _, _, shape in shard}
-            data = (whole(own, e).chunk(n)[j].to(kind(own)) for _, own, e, j, n, _ in shard)
+            layout = {name: (dtype_of(own), shape) for name, own, _, _, _, shape in shard}
+            data = (whole(own, e).chunk(n)[j].to(dtype_of(own)) for _, own, e, j, n, _ in shard)
             if rank == i % ranks:
                 write_safetensors(path / file, layout, data)
             else:
@@ -817,12 +825,12 @@ class Ling(nn.Module):
             dist.barrier()
         if rank:
             return
-        main = str(kind("word_embeddings.weight")).removeprefix("torch.")
+        main = str(dtype_of("word_embeddings.weight")).removeprefix("torch.")
         write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": main})
         for old in {*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")} - {path / file for file in files}:
             old.unlink()                                                                     # of an earlier save, cut differently
         if len(shards) > 1:
-            total = sum(math.prod(shape) * kind(own).itemsize for shard in shards for _, own, _, _, _, shape in shard)
+            total = sum(math.prod(shape) * dtype_of(own).itemsize for shard in shards for _, own, _, _, _, shape in shard)
             write_json(path / "model.safetensors.index.json", {
                 "metadata": {"total_size": total}, "weight_map": {entry[0]: file for file, shard in zip(files, shards) for entry in shard}})
 
@@ -844,7 +852,7 @@ def components(config, seq_len=0):
     for name, p in model.named_parameters():
         kind = next(kind for part, kind in (("mtp.", "mtp"), ("word_embeddings", "embedding"), ("lm_head", "lm_head"), ("norm.weight", "norms"),
                     ("attention.", "attention"), ("mlp.gate.", "router"), (".experts.", "experts"), ("shared_experts", "shared experts"),
-                    ("mlp.", "dense MLP"), ("norm", "norms")) if part in f".{name}")
+                    ("mlp.", "dense MLP")) if part in f".{name}")                            # the first part that occurs
         sizes[kind] += p.numel()
     idle = {"experts": sizes["experts"] // c.num_experts * (c.num_experts - c.num_experts_per_tok),
             "mtp": depth * 3 * c.moe_intermediate_size * c.hidden_size * (c.num_experts - c.num_experts_per_tok)}

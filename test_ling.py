@@ -100,7 +100,7 @@ def test_equals_the_official_code(folder, tmp_path):
     assert torch.equal(out.load, counts)
     with torch.no_grad():                                # the experts themselves, token by token
         chosen = []
-        hooks = [block.mlp.gate.register_forward_hook(lambda m, i, o: chosen.append(o[1])) for block in model.moe_blocks()]
+        hooks = [block.mlp.gate.register_forward_hook(lambda m, i, o: chosen.append(o[1].chosen)) for block in model.moe_blocks()]
         model(ids)
         [hook.remove() for hook in hooks]
     for i, experts in zip(layers, chosen, strict=True):
@@ -635,7 +635,7 @@ def test_balance_and_z_loss_by_hand():
     model = Ling(LingConfig(**LING1))
     tokens, targets = tokens_and_targets()
     seen = []
-    hooks = [b.mlp.gate.register_forward_hook(lambda m, i, o: seen.append((i[0], o[1]))) for b in model.moe_blocks()]
+    hooks = [b.mlp.gate.register_forward_hook(lambda m, i, o: seen.append((i[0], o[1].chosen))) for b in model.moe_blocks()]
     out = model(tokens, targets)
     [hook.remove() for hook in hooks]
     keep, balance, z = (targets >= 0).flatten(), 0.0, 0.0
@@ -651,11 +651,22 @@ def test_balance_and_z_loss_by_hand():
     assert float(torch.autograd.grad(out.parts["balance"], weight)[0].abs().max()) > 0
 
 
+def test_balance_of_sigmoid_scores():
+    """A balance loss that a sigmoid router lowers by lowering every score: at equal scores it is 1 a layer, and moves nothing."""
+    model = Ling(LingConfig(**LING2, router_aux_loss_coef=0.01))
+    for block in model.moe_blocks():
+        block.mlp.gate.weight.data.zero_()
+    balance = model(*tokens_and_targets()).parts["balance"]
+    assert float(balance.detach()) == pytest.approx(len(model.moe_blocks()))
+    grads = torch.autograd.grad(balance, [block.mlp.gate.weight for block in model.moe_blocks()])
+    assert max(float((g.sum(0)).abs().max()) for g in grads) < 1e-6                          # of all scores together
+
+
 def test_router_stays_fp32_under_autocast():
     """Mixed precision rounding the router's logits to bf16: tokens silently change experts."""
     model = Ling(LingConfig(**LING2))
     seen = []
-    model.layers[1].mlp.gate.register_forward_hook(lambda m, i, o: seen.append((i[0], o[0], o[1])))
+    model.layers[1].mlp.gate.register_forward_hook(lambda m, i, o: seen.append((i[0], o[0], o[1].chosen)))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(*tokens_and_targets())
     out.loss.backward()
@@ -2583,8 +2594,8 @@ def gpu_bench(tiny=False):
     def guarantees():
         layer, x = random_model(mini | dict(num_hidden_layers=2), device, dtype).layers[1].mlp, new(8 if tiny else 8192, D)
         def run():
-            weights, chosen, _ = layer.gate(x.requires_grad_(), None, None)
-            y = layer.experts(x, weights, chosen, layer.shared_experts(x))
+            weights, routing = layer.gate(x.requires_grad_(), None, None)
+            y = layer.experts(x, weights, routing.chosen, layer.shared_experts(x))
             return y, *torch.autograd.grad(y, [x, *layer.parameters()], x.detach())
         first = run()
         try:

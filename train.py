@@ -1915,9 +1915,9 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         watch.at(step + 1, "wait")
         counts, parts = team.sum(count_targets(config, targets), group), Counter()
         n_all, nats_again, n_again, weight = counts[0].clamp(min=1), 0.0, 0.0, 1.0            # the last three: of returned samples
-        # A share of the whole batch is only known after it; the step before's differs little, needs no messages, and is the same for
+        # The load of the whole batch is only known after it; the step before's differs little, needs no messages, and is the same for
         # every split into ranks and micro-batches. Before the first step: even, a loss without a gradient.
-        shares = None if train.balance == "micro" else (load + (step == 0)) / (load + (step == 0)).sum(1, keepdim=True).clamp(min=1)
+        fractions = None if train.balance == "micro" else (load + (step == 0)) / (load + (step == 0)).sum(1, keepdim=True).clamp(min=1)
         load_now = torch.zeros_like(load)
         for part in micro:
             if team.ranks > 1:
@@ -1925,7 +1925,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             seeds = [sequence_seed(train.seed, step, k) for k in mine[part]]
             watch.at(step + 1, "forward")
             with autocast():
-                out = model(tokens[part], targets[part], counts=counts, shares=shares, warmup=None if alpha == 1 else Warmup(alpha, seeds))
+                out = model(tokens[part], targets[part], counts=counts, fractions=fractions, warmup=None if alpha == 1 else Warmup(alpha, seeds))
             if part.start >= apart_at:
                 watch.at(step + 1, "wait")
                 nats, n = team.sum(torch.stack([out.parts["ce"].detach() * counts[0], (targets[part] >= 0).sum()]), group).tolist()      # SYNC
