@@ -1106,6 +1106,7 @@ def _(scale=1, dtype=torch.float32, E=16, k=4, D=256, width=128):
 # The logits are the largest tensor of a step (4096 x 4096 x 4 B = 64 MiB here, 16.6 GB at Ling-lite's vocabulary and 4 x 8k
 # tokens). The twin makes about 16 MiB of them at a time and turns each chunk into its gradient at once. Gain: 1.4x to 1.5x.
 # GPU: the same Function with up to 4 GiB of logits and one kernel, a row a program, that makes loss and gradient in two sweeps.
+# (torch's own F.linear_cross_entropy adds its chunks' losses in the inputs' dtype, which in bf16 is off by percents.)
 # NormHead [Ling1 eq. 4] divides W's columns by their norms (dim 0: what every release is made with), norm detached; dividing x
 # instead is the same product and never copies W.
 

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import attention, attention_by_table, pow2
-from ling import BadInput, KVCache, Ling, read_json, require, verify_checksums, write_beside
+from ling import BadInput, Ling, read_json, require, verify_checksums, write_beside
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Tokenizers. All are byte-level BPE, run by tiktoken: bytes -> rank, and the rank is the id.
@@ -393,13 +393,13 @@ class Request:
             self.text += self.stream.push(b"", final=True)
 
 
-class Segments(KVCache):
+class Segments:
     """Keys and values of requests of any lengths in one buffer of slots, after the segment cache of Flood [Ling1 section 5]: positions that
     lie in a row are read where they are. Requests that begin alike share slots, so a slot counts its users."""
 
     def __init__(self, config, slots, layers, device):
-        super().__init__(config, 1, slots + 1)
-        self.shape, self.device = (layers, *self.shape[1:]), device
+        self.shape, self.device = (layers, 1, slots + 1, config.num_key_value_heads, config.head_dim), device
+        self.keys = self.values = self.head_scale = None
         self.users = np.zeros(slots, np.int32)                   # the last slot is nobody's: rows of padding write there
         self.by_table = device.type != "cpu"
 

@@ -85,6 +85,10 @@ def amount(text):
     return n
 
 
+DECAY = {"sqrt": lambda x: 1 - math.sqrt(x), "linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}     # 1 .. 0
+RECOMPUTE = ("none", "moe", "block")
+
+
 @dataclass
 class TrainConfig:
     preset: str = option("toy", "shape of the model, see PRESETS in ling.py", choices=tuple(PRESETS))
@@ -123,7 +127,7 @@ class TrainConfig:
     report: str = option("", "print where the time of this run went, which rank held up the others, and what to try; and stop")
     profile: int = option(0, "write a Chrome trace of the three steps after this one, of every rank, into the run's folder; 0: none")
     merge: int = option(0, "average the last N checkpoints of the run, as if the learning rate had decayed over them, into --export; and stop")
-    merge_shape: str = option("sqrt", "the decay that --merge stands for: 1 - sqrt(x), 1 - x or (1 + cos(pi x)) / 2", choices=("sqrt", "linear", "cosine"))
+    merge_shape: str = option("sqrt", "the decay that --merge stands for: 1 - sqrt(x), 1 - x or (1 + cos(pi x)) / 2", choices=tuple(DECAY))
     # many processes
     sync: str = option("step", "step: gradients of all ranks, every step; edit: --replicate copies train on their own between syncs",
                        choices=("step", "edit"))
@@ -137,7 +141,7 @@ class TrainConfig:
     sync_temperature: float = option(1.0, "edit: copies are weighted by softmax(-norm of their change / this); 0: all alike")
     replicate: int = option(0, "copies of the dense weights: all ranks (DDP) .. 1 (FSDP), between them HSDP; 0: by memory (edit: one a node)")
     ep: int = option(0, "ranks that share out the routed experts and send each other tokens; 1: none; 0: by what moves fewer bytes")
-    recompute: str = option("none", "activations computed again in the backward pass", choices=("none", "moe", "block"))
+    recompute: str = option("none", "activations computed again in the backward pass", choices=RECOMPUTE)
     compile: bool = option(False, "torch.compile each block")
     timeout: int = option(600, "seconds without progress after which a hang is named and ended")
     export: str = option("", "write the newest checkpoint of the run to this folder in the released format, and stop")
@@ -188,10 +192,10 @@ MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens",
 def parse_args(argv):
     """The flags that were given, as {name: value}, for TrainConfig and for LingConfig."""
     parser = Parser(prog="train.py", description="Train a Ling model.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for cls in (TrainConfig, LingConfig):
-        group = parser.add_argument_group(cls.__name__)
+    for cls, preset in ((TrainConfig, {}), (LingConfig, PRESETS[TrainConfig.preset])):
+        group = parser.add_argument_group(cls.__name__, f"defaults: those of --preset {TrainConfig.preset}" if preset else None)
         for f in dataclasses.fields(cls):
-            kwargs = dict(f.metadata, help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
+            kwargs = dict(f.metadata, help=f"{f.metadata['help']} [{preset.get(f.name, f.default)}]".replace("%", "%%"))
             kwargs |= {"action": argparse.BooleanOptionalAction} if f.type is bool else {} if f.type in (list, dict) else {
                 "type": f.metadata.get("type", f.type)}
             group.add_argument(*spellings(f"--{f.name}"), **kwargs)
@@ -814,9 +818,6 @@ def make_optimizer(model, train):
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=1e-8, fused=device in ("cpu", "cuda", "mps", "xpu"))
 
 
-DECAY = {"sqrt": lambda x: 1 - math.sqrt(x), "linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}     # 1 .. 0
-
-
 def lr_at(step, train):
     """Warm-up, stable, decay (WSD). Linear up; constant, halved after halve_at; then down as 1 - sqrt(part of the decay done), the
     shape that [WSM] arXiv 2507.17634 found best."""
@@ -1232,7 +1233,7 @@ ADVICE |= {"backward": ADVICE["forward"], "optimizer": ADVICE["forward"]}
 
 def report(run):
     """Print where the time of a run went, which rank the others waited for, and what to try."""
-    traces = {int(path.stem[5:]): [*read_lines(path)] for path in sorted((Path(run) / "trace").glob("rank_*.jsonl"))}
+    traces = {int(path.stem[5:]): [*read_log(path)] for path in sorted((Path(run) / "trace").glob("rank_*.jsonl"))}
     traces = {rank: records for rank, records in traces.items() if records}
     require(traces, f"--report {run}: no trace there yet; a run writes one after {Trace.EVERY} steps")
     steps = {rank: sum(record["steps"] for record in records) for rank, records in traces.items()}
@@ -1420,11 +1421,12 @@ def settle(run, train, config, team, promised, tokens, seconds):
     write_json(run / "plan.json", {"planned": {**promised, "mfu": train.mfu}, "happened": happened})
     said = []
     if memory and promised["memory"]:
-        said.append(f"memory {promised['memory'] / 1e9:.2f} GB, was {memory / 1e9:.2f} ({memory / promised['memory'] - 1:+.0%})")
+        said.append(f"memory {promised['memory'] / 1e9:.2f} GB, {memory / 1e9:.2f} measured ({memory / promised['memory'] - 1:+.0%})")
     if promised["tokens_per_s"]:
-        said.append(f"{promised['tokens_per_s']:,.0f} tokens/s (MFU {train.mfu:.2f}), were {speed:,.0f} ({happened['mfu']:.2f} of {short(promised['peak'], billion='G')}FLOP/s)")
-        said += [f"{promised['currency']} {rate * tokens / promised['tokens_per_s']:.2f}, was {rate * seconds:.2f}"] if rate else []
-    print("planned: " + "; ".join(said or ["nothing that could be measured here"]))
+        said.append(f"{promised['tokens_per_s']:,.0f} tokens/s at MFU {train.mfu:.2f}, {speed:,.0f} at {happened['mfu']:.2f} measured "
+                    f"(of {short(promised['peak'], billion='G')}FLOP/s)")
+        said += [f"{promised['currency']} {rate * tokens / promised['tokens_per_s']:.2f}, {rate * seconds:.2f} spent"] if rate else []
+    print("plan and run: " + "; ".join(said or ["nothing that could be measured here"]))
 
 
 def short(n, digits=3, billion="B"):
@@ -1478,9 +1480,6 @@ def budget(train, config, given):
           f"  tokens         C / M = {short(C / M)}, M = {short(M, billion='G')}FLOP a token (6 N + 12 L s H d, no embedding)\n"
           f"  leverage       {lever_of(config, C)}\n"
           f"next: python train.py {shlex.join(as_flags({**kept, 'batch_tokens': rounded, 'lr': float(f'{lr:.4g}'), 'steps': max(1, math.ceil(C / M / rounded))}))}")
-
-
-RECOMPUTE = ("none", "moe", "block")
 
 
 def smallest(train, config, counts, device, cpu, choices, base):
@@ -1604,11 +1603,11 @@ def routing_by_kind(run, train, config):
 def draw(run):
     """--plot: pictures of a run, into its folder."""
     require((run / "metrics.jsonl").exists(), f"--plot {run}: no metrics.jsonl there; train first")
-    records, saved, config = [*read_lines(run / "metrics.jsonl")], read_json(run / "train.json"), read_config(run)
+    records, saved, config = [*read_log(run / "metrics.jsonl")], read_json(run / "train.json"), read_config(run)
     train = TrainConfig(**{f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved})
     steps = [r for r in records if r.get("ce") is not None]
     require(steps, f"--plot {run}: no steps in metrics.jsonl yet")
-    draw_loss(run, steps, [r for r in records if "val_ce" in r], [*read_lines(run / "ledger.jsonl")])
+    draw_loss(run, steps, [r for r in records if "val_ce" in r], [*read_log(run / "ledger.jsonl")])
     if loads := [r for r in steps if r.get("load")]:
         draw_load(run, loads)
     draw_cost(run, flops_per_token(config, train.seq_len) * float(steps[-1]["tokens"]), train.mfu)
@@ -1685,7 +1684,7 @@ def train_all(root, jobs):
         with open(log, "wb") as output:
             alive[name] = subprocess.Popen([sys.executable, __file__, "--out", str(run), "--keep", "1", *jobs[name]], stdin=subprocess.DEVNULL, stdout=output,
                                            stderr=output, env=environment)
-        code, records = alive[name].wait(), [*read_lines(run / "metrics.jsonl")]
+        code, records = alive[name].wait(), [*read_log(run / "metrics.jsonl")]
         require(code == 0, f"{run} failed, see {log}: {' '.join(log.read_text(errors='replace').splitlines()[-1:])}; mend it and run the same command again")
         require(records and "val_bpb" in records[-1], f"{run} was stopped; the same command goes on")
         print(f"{(time.monotonic() - start) / 60:6.1f} min  {name}: {records[-1]['val_bpb']:.4f} bits per byte", flush=True)
@@ -1905,10 +1904,11 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         returned = spikes.returning(step + ahead)                # of skipped steps: in micro-batches of their own
         group, rank, ranks = (team.within, team.rank % team.ranks, team.ranks) if alone else (None, team.rank, team.size)
         mine, micro = [], []
-        for part in (samples, [k for k, *_ in returned]):
-            apart_at, each = len(mine), max(-(-len(part) // ranks), not mine)
-            mine += [*part[rank * each:(rank + 1) * each], *[-1] * each][:each]
-            micro += [slice(i, min(i + rows, apart_at + each)) for i in range(apart_at, apart_at + each, rows)]
+        for numbers in (samples, [k for k, *_ in returned]):
+            first, each = len(mine), max(-(-len(numbers) // ranks), not mine)
+            mine += [*numbers[rank * each:(rank + 1) * each], *[-1] * each][:each]
+            micro += [slice(i, min(i + rows, first + each)) for i in range(first, first + each, rows)]
+        returned_from = first                                    # mine[returned_from:] are those
         tokens, targets = data.batch(mine, device)
 
         # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
@@ -1926,7 +1926,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             watch.at(step + 1, "forward")
             with autocast():
                 out = model(tokens[part], targets[part], counts=counts, fractions=fractions, warmup=None if alpha == 1 else Warmup(alpha, seeds))
-            if part.start >= apart_at:
+            if part.start >= returned_from:
                 watch.at(step + 1, "wait")
                 nats, n = team.sum(torch.stack([out.parts["ce"].detach() * counts[0], (targets[part] >= 0).sum()]), group).tolist()      # SYNC
                 nats_again, n_again = nats_again + nats, n_again + n
@@ -2084,8 +2084,8 @@ def finished(run, step):
           f"next: python sample.py {run} --prompt def   (train on: python train.py --out {run} --steps N)")
 
 
-def read_lines(path):
-    """The objects of a file of JSON lines; a line cut short by a kill is passed over."""
+def read_log(path):
+    """The objects of a file of JSON lines that a run wrote; a line cut short by a kill is passed over."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             if isinstance(record := json.loads(line), dict):
@@ -2095,7 +2095,7 @@ def read_lines(path):
 def trim_logs(run, step):
     """Drop what was logged after the checkpoint: the steps will be logged again."""
     for path in (run / "metrics.jsonl", run / "ledger.jsonl"):
-        kept = [record for record in read_lines(path) if record.get("logged", record.get("step", math.inf)) <= step]
+        kept = [record for record in read_log(path) if record.get("logged", record.get("step", math.inf)) <= step]
         write_beside(path, lambda f: f.write(b"".join(json.dumps(record).encode() + b"\n" for record in kept)))
 
 
