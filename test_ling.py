@@ -2196,7 +2196,7 @@ def member(rank, jobs, ports, folder):
                 (infect if "--sick" in flags else ignore_some)(control)
                 if "--slow" in flags and rank == 1:
                     batch = train.Data.batch
-                    control.setattr(train.Data, "batch", lambda *args: time.sleep(0.05) or batch(*args))
+                    control.setattr(train.Data, "batch", lambda *args: time.sleep(0.5) or batch(*args))
                 code, _, err = cli(train, *(flag for flag in flags if flag not in ("--average", "--sick", "--slow")))
             sys.stdout = sys.__stdout__
             assert code == 0, err
