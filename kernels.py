@@ -468,14 +468,14 @@ def join_kernel(out, weight, y, parts, d, dp: tl.constexpr, PP: tl.constexpr):
 
 @attention_by_table.fused(when=lambda q, *_: on_gpu(q) and not torch.is_grad_enabled())
 def _attention_by_table_gpu(q, keys, values, table, at):
-    (N, n, H, d), S, KV, BS = q.shape, table.shape[1], keys.shape[1], 16 if INTERPRETED else 64
+    (N, n, H, d), S, KV, BS = q.shape, table.shape[1], keys.shape[1], 16 if INTERPRETED else 128 // q.dtype.itemsize    # for shared memory
     q, keys, values, table, at = (x.contiguous() for x in (q, keys, values, table, at))
     parts = min(32, max(1, 256 // (N * KV)), cdiv(S, 2 * BS))                                # about 256 programs, of two blocks at least
     part = cdiv(cdiv(S, parts), BS) * BS
     parts, y = cdiv(S, part), torch.empty_like(q)
     out, weight = q.new_empty(parts, *q.shape, dtype=torch.float32), q.new_empty(parts, N, n, H, dtype=torch.float32)
-    launch(attend_kernel, (N, KV, parts), q, keys, values, table, at, out, weight, n, S, part, d ** -0.5, H=H, KV=KV, d=d, dp=pow2(d),
-           RP=max(16, pow2(n * H // KV)), BS=BS)
+    launch(attend_kernel, (N, KV, parts), q, keys, values, table, at, out, weight, n, S, part, d ** -0.5, H=H, KV=KV, d=d, dp=max(16, pow2(d)),
+           RP=max(16, pow2(n * H // KV)), BS=BS, num_stages=2)                               # tl.dot takes no less than 16
     launch(join_kernel, (N * n * H,), out, weight, y, parts, d, dp=pow2(d), PP=pow2(parts))
     return y
 
@@ -1330,7 +1330,8 @@ def gpu_twins(x, D=2048, E=256, k=8, width=512, V=157184):
     grads(_SwiGLUGPU.apply, (new(T, 2 * width),))
     slots, ids = new(T, 4, 128), lambda *shape: new(*shape, dtype=torch.int64)
     for n in (1, 4):                                             # 16 query heads on 4 keys; a token each, or four with speculation
-        _attention_by_table_gpu(new(32, n, 16, 128), slots, slots, ids(32, 4096), ids(32, n))
+        for dtype in (x.dtype, torch.float32):                   # a run of train.py is sampled in fp32
+            _attention_by_table_gpu(new(32, n, 16, 128, dtype=dtype), slots.to(dtype), slots.to(dtype), ids(32, 4096), ids(32, n))
     grads(_linear_cross_entropy_gpu, (x, new(V, D), new(T, dtype=torch.int64), False))
 
 
@@ -1376,7 +1377,7 @@ def compile_check():
     code = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     jobs, started = {}, time.perf_counter()
 
-    def record(kernel, grid, *args, num_warps=4, num_stages=2, **constants):
+    def record(kernel, grid, *args, num_warps=4, num_stages=None, **constants):
         types_ = {}
         for parameter, value in zip(kernel.params, args):
             name = parameter.name
@@ -1386,7 +1387,7 @@ def compile_check():
                 constants[name] = value
             else:
                 types_[name] = ("fp32", False) if isinstance(value, float) else ("i32", value % 16 == 0)
-        job = (kernel.__name__, target, types_, constants, dict(num_warps=num_warps, num_stages=num_stages))
+        job = (kernel.__name__, target, types_, constants, dict(num_warps=num_warps, num_stages=num_stages or (2 if target[0] == "hip" else 3)))      # Triton's own
         jobs[repr(job)] = job
 
     launch = record

@@ -814,6 +814,10 @@ class Ling(nn.Module):
         files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         whole = functools.lru_cache(1)(lambda own, e: whole_matrix(self.own_tensor(own), e))   # gate and up are of one matrix: gathered once
+        if rank == 0:
+            (path / "config.json").unlink(missing_ok=True)       # written last: without it, a save that is cut short is no model
+        if dist.is_initialized():
+            dist.barrier()
         for i, (file, shard) in enumerate(zip(files, shards)):
             layout = {name: (dtype_of(own), shape) for name, own, _, _, _, shape in shard}
             data = (whole(own, e).chunk(n)[j].to(dtype_of(own)) for _, own, e, j, n, _ in shard)
@@ -825,14 +829,14 @@ class Ling(nn.Module):
             dist.barrier()
         if rank:
             return
-        main = str(dtype_of("word_embeddings.weight")).removeprefix("torch.")
-        write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": main})
         for old in {*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")} - {path / file for file in files}:
             old.unlink()                                                                     # of an earlier save, cut differently
         if len(shards) > 1:
             total = sum(math.prod(shape) * dtype_of(own).itemsize for shard in shards for _, own, _, _, _, shape in shard)
             write_json(path / "model.safetensors.index.json", {
                 "metadata": {"total_size": total}, "weight_map": {entry[0]: file for file, shard in zip(files, shards) for entry in shard}})
+        main = str(dtype_of("word_embeddings.weight")).removeprefix("torch.")
+        write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": main})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+import kernels
 from kernels import attention, attention_by_table, pow2
 from ling import BadInput, Ling, read_json, require, verify_checksums, write_beside
 
@@ -301,7 +302,7 @@ def next_token(logits, seen, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p
     if top_p < 1.0:
         ordered, index = probs.sort(descending=True)
         probs = probs.index_fill(0, index[ordered.cumsum(0) - ordered >= top_p], 0.0)        # the one that crosses stays
-    reach = probs.masked_fill(probs < min_p * probs.max(), 0.0).double().cumsum(0)
+    reach = probs.masked_fill(probs < min_p * probs.max(), 0.0).cpu().double().cumsum(0)     # MPS has no double
     return int(torch.searchsorted(reach, reach[-1:] * uniform, right=True).clamp(max=len(reach) - 1))    # right: never one of probability 0
 
 
@@ -449,7 +450,7 @@ class Segments:
             join = lambda x, runs: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, i:j] for i, j in runs], dim=1)
             return torch.cat([attention(q[:, i:j], join(keys, runs), join(values, runs)) for i, j, runs in self.spans], dim=1)
         N, H = len(self.table), q.shape[2]                       # a few tokens of each of N requests, at once
-        return attention_by_table(q.view(N, -1, H, q.shape[3]), keys[0], values[0], self.table, self.at.view(N, -1)).view(q.shape)
+        return attention_by_table(q.view(N, -1, H, q.shape[3]), keys[0], values[0], self.table, self.at.view(N, -1)).reshape(q.shape)
 
 
 class Engine:
@@ -563,14 +564,15 @@ class Engine:
         """Ling.trunk over the planned pass. On CUDA, a pass by table is one graph for each of its few shapes: hundreds of launches take
         longer than what they launch. (Not yet run on a GPU.)"""
         cache, inputs = self.cache, (tokens, self.cache.rows, self.cache.at, self.cache.table)
-        if cache.table is None or self.device.type != "cuda":
+        if cache.table is None or kernels.MODE == "torch" or not kernels.on_gpu(self.model.norm.weight):        # definitions sync
             return self.model.trunk(tokens, cache)
         if (shape := (tokens.shape, cache.table.shape)) not in self.graphs:
             still, stream, graph = [t.clone() for t in inputs], torch.cuda.Stream(), torch.cuda.CUDAGraph()
             cache.rows, cache.at, cache.table = still[1:]
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):                      # what is made on first use is made here; keys are written twice, the same
-                self.model.trunk(still[0], cache)
+            with torch.cuda.stream(stream):                      # what is made on first use is made here, and with it a compiled block is
+                for _ in range(2):                               # another; keys are written again, the same
+                    self.model.trunk(still[0], cache)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 out = self.model.trunk(still[0], cache)
@@ -702,7 +704,7 @@ class Desk:
         chosen = {key: given.get(key, getattr(self.args, key)) for key in SETTINGS}
         for key, (kind, _, _, holds, words) in SETTINGS.items():
             value = chosen[key]
-            require(isinstance(value, (int, kind)) and not isinstance(value, bool) and holds(value), f"{where}{key} {value} must be {words}")
+            require(isinstance(value, (int, kind)) and not isinstance(value, bool) and holds(value), f"{where}{key} {value} must be {words}" + " and whole" * (kind is int))
         stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", self.args.stop)
         require(isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops), f"{where}stop must be texts that are not empty")
         seed = str(chosen.pop("seed")) + ("" if name is None else f"/{name}")
@@ -865,7 +867,7 @@ def answer_file(desk, path, out, make):
     seconds = time.perf_counter() - start
     print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, {engine.drawn / seconds:,.1f} tokens/s; "
           f"{engine.read} read, {engine.read / max(1, engine.passes):.1f} a pass, {engine.shared} shared{engine.guesses()}", file=sys.stderr)
-    if right := [answer["correct"] for answer in answers.values() if type(answer.get("correct")) is bool]:
+    if right := [answers[name]["correct"] for name in heads if type(answers[name].get("correct")) is bool]:
         print(f"{sum(right)} of {len(right)} correct, {sum(right) / len(right):.1%}", file=sys.stderr)
 
 
@@ -901,8 +903,9 @@ class Parser(argparse.ArgumentParser):
 def run_cli(prog, main):
     """Run a main(). A user's mistake, a full disk or too little memory ends it with one line on stderr and exit code 2."""
     sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")              # closed, as under a service
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")                 # a terminal without UTF-8 shows ? and not a traceback
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")                 # a terminal without UTF-8 shows ? and not a traceback
     try:
         return main()
     except BrokenPipeError:                                      # the reader of our output has seen enough
@@ -914,8 +917,10 @@ def run_cli(prog, main):
         message = str(error)
     except OSError as error:                                     # no space, no permission: not the program's fault either
         message = f"{error}; mend this and run the same command again, nothing saved before was touched"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        message = f"out of memory ({error}); for training lower --micro_batch_tokens, else use a smaller model or dtype"
+    except (MemoryError, RuntimeError) as error:                 # torch's allocator for CPUs raises the latter
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        message = f"out of memory ({error}); lower --micro_batch_tokens of train.py, --cache_gb or --batch of sample.py, or take a smaller model or dtype"
     print("\n" * sys.stdout.isatty() + f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
@@ -924,6 +929,8 @@ def pick_device(name):
     """A torch.device by name; the accelerator if there is one, else the CPU, by default. Raises BadInput."""
     try:
         device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        if device.index is not None and device.type != "cpu":
+            torch.accelerator.set_device_index(device.index)     # where streams and graphs are made, whatever they hold
         torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:

@@ -859,6 +859,17 @@ def test_weights_survive_a_round_trip(dtype, tmp_path):
     assert not Ling.from_pretrained(tmp_path / "fp32").mtp                                   # a chat model's config skips MTP
 
 
+def test_a_save_that_is_cut_short_is_no_model(tmp_path, monkeypatch):
+    """Two models mixed: some shards of a save that was killed, the others of the one it was to replace, and its config.json."""
+    Ling(LingConfig(**LING2)).save_pretrained(tmp_path, max_shard_bytes=20_000)
+    write, shards = ling.write_safetensors, itertools.count()
+    monkeypatch.setattr(ling, "write_safetensors", lambda *args: write(*args) if next(shards) < 2 else sys.exit(9))
+    with pytest.raises(SystemExit):
+        Ling(LingConfig(**LING2), seed=1).save_pretrained(tmp_path, max_shard_bytes=20_000)
+    with pytest.raises(BadInput, match="no config.json"):
+        Ling.from_pretrained(tmp_path)
+
+
 def write_raw(path, header, data=b"", length=None):
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
@@ -1339,7 +1350,7 @@ def served_alone(generation):
 @pytest.mark.parametrize("generation", ["ling1", "ling2"])
 @pytest.mark.parametrize("slots, batch, chunk, speculate, by_table", [
     (4000, 8, 512, False, False), (130, 8, 512, False, False), (4000, 5, 11, False, True), (150, 8, 16, True, False), (4000, 8, 512, True, True)])
-def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, speculate, by_table):
+def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, speculate, by_table, monkeypatch):
     """A position, a slot, a draw or a cut of the prompt that depends on who else is served; one that waits for slots and is lost or goes on
     from the wrong token; a shared beginning that is shared one token too far, or not at all."""
     model, texts, scores = served_alone(generation)
@@ -1348,6 +1359,7 @@ def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, s
     for sampling, alone in zip(SAMPLINGS, texts):
         engine = sample.Engine(model, slots, batch, chunk, speculate)
         engine.AHEAD, engine.cache.by_table = 4, by_table                                    # as on an accelerator
+        monkeypatch.setattr(kernels, "MODE", "torch" if by_table and speculate and sampling["temperature"] == 0 else "auto")
         for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **sampling)):
             if TOKENS[i]:
                 assert request.ids == PROMPTS[i] + alone[i], i
@@ -1496,6 +1508,9 @@ def test_scores(weights):
     for row, text_ in zip(choice["choices"], (" c", " dd", " eee")):
         assert row["tokens"] == row["bytes"] == len(text_) and row["logprob"] == pytest.approx(sum(logprobs("a b", text_)), abs=1e-4)
     assert [row["logprob"] for row in long["choices"]] == [pytest.approx(sum(logprobs("k" * 50, alike + end)), abs=1e-3) for end in "ab"]
+    write_lines(weights / "other.jsonl", [{"context": "b", "choices": ["x", "y"], "answer": 0}])
+    for file, words in (("in.jsonl", "of 1 correct"), ("other.jsonl", "of 1 correct"), ("in.jsonl", "of 1 correct")):
+        assert words in cli(sample, "m", "--score", file, "--out", "both.jsonl")[2]          # of this file's, whatever else is there
     rows = [row["logprob"] for row in choice["choices"]]
     assert choice["best"] == int(np.argmax(rows)) and choice["correct"] == (choice["best"] == 1) and choice["id"] == "q"
     assert choice["best_per_byte"] == int(np.argmax([row / n for row, n in zip(rows, (2, 3, 4))]))
