@@ -468,14 +468,15 @@ def join_kernel(out, weight, y, parts, d, dp: tl.constexpr, PP: tl.constexpr):
 
 @attention_by_table.fused(when=lambda q, *_: on_gpu(q) and not torch.is_grad_enabled())
 def _attention_by_table_gpu(q, keys, values, table, at):
-    (N, n, H, d), S, KV, BS = q.shape, table.shape[1], keys.shape[1], 16 if INTERPRETED else 128 // q.dtype.itemsize    # for shared memory
+    (N, n, H, d), S, KV, BS = q.shape, table.shape[1], keys.shape[1], 64 if q.dtype.itemsize == 2 and not INTERPRETED else 16
     q, keys, values, table, at = (x.contiguous() for x in (q, keys, values, table, at))
     parts = min(32, max(1, 256 // (N * KV)), cdiv(S, 2 * BS))                                # about 256 programs, of two blocks at least
     part = cdiv(cdiv(S, parts), BS) * BS
     parts, y = cdiv(S, part), torch.empty_like(q)
     out, weight = q.new_empty(parts, *q.shape, dtype=torch.float32), q.new_empty(parts, N, n, H, dtype=torch.float32)
+    RP = max(16, pow2(n * H // KV))                                                          # tl.dot takes no less
     launch(attend_kernel, (N, KV, parts), q, keys, values, table, at, out, weight, n, S, part, d ** -0.5, H=H, KV=KV, d=d, dp=max(16, pow2(d)),
-           RP=max(16, pow2(n * H // KV)), BS=BS, num_stages=2)                               # tl.dot takes no less than 16
+           RP=RP, BS=BS, num_warps=4 if RP * q.dtype.itemsize <= 64 else 8, num_stages=2)
     launch(join_kernel, (N * n * H,), out, weight, y, parts, d, dp=pow2(d), PP=pow2(parts))
     return y
 
