@@ -748,10 +748,10 @@ class Ling(nn.Module):
         with torch.device("meta"):
             model = cls(read_config(path))
         source, declared = open_weights(path, model), read_json(Path(path) / "config.json").get("torch_dtype")
-        of_fp8 = next((dtype_ for dtype_ in FLOATS if str(dtype_) == f"torch.{declared}"), torch.bfloat16)
+        of_fp8 = next((t for t in FLOATS if str(t) == f"torch.{declared}"), torch.bfloat16)
         for own, rows in itertools.groupby(released_table(model), key=lambda row: row[1]):
             stored = [source[name].dtype for names, *_ in rows for name in names if name in source] if isinstance(source, dict) else []
-            found = [of_fp8 if dtype_ == FP8 else dtype_ for dtype_ in stored] or [torch.float32]
+            found = [of_fp8 if t == FP8 else t for t in stored] or [torch.float32]
             kept = torch.float32 if own.endswith("expert_bias") else dtype or functools.reduce(torch.promote_types, found)
             module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
             new = torch.empty(getattr(module, leaf).shape, dtype=kept, device=device)
@@ -793,7 +793,8 @@ class Ling(nn.Module):
 
     @torch.no_grad()
     def save_pretrained(self, path, max_shard_bytes=10 << 30, dtype=None):
-        """Write config.json and model.safetensors (or shards and an index), under the released names.
+        """Write config.json and model.safetensors (or shards and an index), under the released names. What the folder held stays until
+        all of it is written.
 
         Of a sharded model every rank calls this; the ranks write the shards in turn, and none holds more than one matrix it does
         not keep. dtype None: that of the weights; expert_bias is always fp32."""
@@ -814,23 +815,23 @@ class Ling(nn.Module):
         files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         whole = functools.lru_cache(1)(lambda own, e: whole_matrix(self.own_tensor(own), e))   # gate and up are of one matrix: gathered once
-        if rank == 0:
-            (path / "config.json").unlink(missing_ok=True)       # written last: without it, a save that is cut short is no model
-        if dist.is_initialized():
-            dist.barrier()
         for i, (file, shard) in enumerate(zip(files, shards)):
             layout = {name: (dtype_of(own), shape) for name, own, _, _, _, shape in shard}
             data = (whole(own, e).chunk(n)[j].to(dtype_of(own)) for _, own, e, j, n, _ in shard)
             if rank == i % ranks:
-                write_safetensors(path / file, layout, data)
+                write_safetensors(path / f"{file}.new", layout, data)
             else:
                 collections.deque(data, maxlen=0)                                            # take part in gathering, keep nothing
         if dist.is_initialized():
             dist.barrier()
         if rank:
             return
-        for old in {*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")} - {path / file for file in files}:
-            old.unlink()                                                                     # of an earlier save, cut differently
+        (path / "config.json").unlink(missing_ok=True)           # until it is back this is no model, and never two mixed
+        for file in files:
+            os.replace(path / f"{file}.new", path / file)
+        for pattern in ("model*.safetensors", "model*.safetensors.new*", "model.safetensors.index.json"):
+            for old in {*path.glob(pattern)} - {path / file for file in files}:
+                old.unlink()                                     # of an earlier save, cut differently or cut short
         if len(shards) > 1:
             total = sum(math.prod(shape) * dtype_of(own).itemsize for shard in shards for _, own, _, _, _, shape in shard)
             write_json(path / "model.safetensors.index.json", {

@@ -859,15 +859,25 @@ def test_weights_survive_a_round_trip(dtype, tmp_path):
     assert not Ling.from_pretrained(tmp_path / "fp32").mtp                                   # a chat model's config skips MTP
 
 
-def test_a_save_that_is_cut_short_is_no_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", ["write_safetensors", "replace"])
+def test_a_save_that_is_cut_short(at, tmp_path, monkeypatch):
     """Two models mixed: some shards of a save that was killed, the others of the one it was to replace, and its config.json."""
-    Ling(LingConfig(**LING2)).save_pretrained(tmp_path, max_shard_bytes=20_000)
-    write, shards = ling.write_safetensors, itertools.count()
-    monkeypatch.setattr(ling, "write_safetensors", lambda *args: write(*args) if next(shards) < 2 else sys.exit(9))
-    with pytest.raises(SystemExit):
+    first = Ling(LingConfig(**LING2))
+    first.save_pretrained(tmp_path, max_shard_bytes=20_000)
+    module, shards = os if at == "replace" else ling, itertools.count()
+    real = getattr(module, at)
+    killed = lambda path, *args: real(path, *args) if next(shards) < 2 or at == "replace" and not str(path).endswith(".new") else sys.exit(9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, at, killed)
         Ling(LingConfig(**LING2), seed=1).save_pretrained(tmp_path, max_shard_bytes=20_000)
-    with pytest.raises(BadInput, match="no config.json"):
-        Ling.from_pretrained(tmp_path)
+    if at == "replace":
+        with pytest.raises(BadInput, match="no config.json"):
+            Ling.from_pretrained(tmp_path)
+    else:
+        again = Ling.from_pretrained(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    Ling(LingConfig(**LING2), seed=1).save_pretrained(tmp_path)                              # once more, to the end
+    assert [path.name for path in sorted(tmp_path.glob("model*"))] == ["model.safetensors"] and Ling.from_pretrained(tmp_path)
 
 
 def write_raw(path, header, data=b"", length=None):
