@@ -380,10 +380,15 @@ def _(scale=1, dtype=torch.float32):
 @op
 def attention(q, k, v):
     """q (B,Sq,H,d), k and v (B,Sk,KV,d) -> (B,Sq,H,d)."""
-    repeat, Sq, Sk = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    Sq, Sk = q.shape[1], k.shape[1]
+    return attend(q, k, v, torch.ones(Sq, Sk, dtype=torch.bool, device=q.device).triu(Sk - Sq + 1))
+
+
+def attend(q, k, v, future):
+    """The definition, for any mask: future (Sq,Sk) or (B,1,Sq,Sk), true where a query must not look."""
+    repeat = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)          # [GQA] arXiv 2305.13245
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    future = torch.ones(Sq, Sk, dtype=torch.bool, device=q.device).triu(Sk - Sq + 1)
     probs = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(future, -math.inf).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", probs.to(q.dtype), v)
 
@@ -419,12 +424,8 @@ def _(scale=1, dtype=torch.float32):
 def attention_by_table(q, keys, values, table, at):
     """q (N,n,H,d): the newest n tokens of N requests; keys and values (slots,KV,d); table (N,S) int64, the slot of each position of a
     request; at (N,n) int64, the position of each query, which sees those up to its own -> (N,n,H,d)."""
-    repeat = q.shape[2] // keys.shape[1]
-    k, v = (x[table].repeat_interleave(repeat, dim=2) for x in (keys, values))             # (N,S,H,d)
-    future = torch.arange(table.shape[1], device=q.device) > at.unsqueeze(-1)              # (N,n,S)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    probs = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(future.unsqueeze(1), -math.inf).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", probs.to(q.dtype), v)
+    future = torch.arange(table.shape[1], device=q.device) > at[:, None, :, None]          # (N,1,n,S)
+    return attend(q, keys[table], values[table], future)
 
 
 @jit
@@ -1388,7 +1389,7 @@ def compile_check():
                 constants[name] = value
             else:
                 types_[name] = ("fp32", False) if isinstance(value, float) else ("i32", value % 16 == 0)
-        job = (kernel.__name__, target, types_, constants, dict(num_warps=num_warps, num_stages=num_stages or (2 if target[0] == "hip" else 3)))      # Triton's own
+        job = (kernel.__name__, target, types_, constants, dict(num_warps=num_warps, num_stages=num_stages or (2 if target[0] == "hip" else 3)))      # or Triton's default
         jobs[repr(job)] = job
 
     launch = record

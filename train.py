@@ -1725,7 +1725,7 @@ def study(train, given_train, given_model):
 
 
 def lever(root, train, toy, flags):
-    """MoE and dense models of equal FLOPs a token, over budgets from an eighth of --budget (the toy's) up. Width goes with the fourth root of
+    """MoE and dense models of equal FLOPs a token, over budgets from an eighth of --budget (1,000 of the toy's steps) up. Width goes with the fourth root of
     the budget, so that tokens and active parameters grow alike; batch and learning rate go from the toy's by the exponents of [SL]."""
     jobs, rows = {}, []
     top = train.budget or flops_per_token(LingConfig(**toy), train.seq_len) * 1000 * 4096
@@ -1908,7 +1908,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             first, each = len(mine), max(-(-len(numbers) // ranks), not mine)
             mine += [*numbers[rank * each:(rank + 1) * each], *[-1] * each][:each]
             micro += [slice(i, min(i + rows, first + each)) for i in range(first, first + each, rows)]
-        returned_from = first                                    # mine[returned_from:] are those
+        returned_from = first                                    # mine[returned_from:] are of skipped steps
         tokens, targets = data.batch(mine, device)
 
         # 2. micro-batches: each loss is a sum over its tokens divided by the count of the whole step, so gradients add up
