@@ -431,7 +431,8 @@ def attention_by_table(q, keys, values, table, at):
 @jit
 def attend_kernel(q, keys, values, table, at, out, weight, n, S, part, scale, H: tl.constexpr, KV: tl.constexpr, d: tl.constexpr,
                   dp: tl.constexpr, RP: tl.constexpr, BS: tl.constexpr):
-    """One part of a request's positions, for the n * H / KV queries that share a key head: their mean value by softmax, and the log of its sum."""
+    """One part of a request's positions, for the n * H / KV queries that share a key head: their mean value by softmax, and the log of
+    its sum."""
     request, head, split, requests = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(0)
     r, c, G = tl.arange(0, RP), tl.arange(0, dp), H // KV
     token, ok, cols = request * n + r // G, r < n * G, (c < d)[None, :]
@@ -476,8 +477,8 @@ def _attention_by_table_gpu(q, keys, values, table, at):
     parts, y = cdiv(S, part), torch.empty_like(q)
     out, weight = q.new_empty(parts, *q.shape, dtype=torch.float32), q.new_empty(parts, N, n, H, dtype=torch.float32)
     RP = max(16, pow2(n * H // KV))                                                          # tl.dot takes no less
-    launch(attend_kernel, (N, KV, parts), q, keys, values, table, at, out, weight, n, S, part, d ** -0.5, H=H, KV=KV, d=d, dp=max(16, pow2(d)),
-           RP=RP, BS=BS, num_warps=4 if RP * q.dtype.itemsize <= 64 else 8, num_stages=2)
+    launch(attend_kernel, (N, KV, parts), q, keys, values, table, at, out, weight, n, S, part, d ** -0.5, H=H, KV=KV, d=d,
+           dp=max(16, pow2(d)), RP=RP, BS=BS, num_warps=4 if RP * q.dtype.itemsize <= 64 else 8, num_stages=2)
     launch(join_kernel, (N * n * H,), out, weight, y, parts, d, dp=pow2(d), PP=pow2(parts))
     return y
 
@@ -1389,7 +1390,8 @@ def compile_check():
                 constants[name] = value
             else:
                 types_[name] = ("fp32", False) if isinstance(value, float) else ("i32", value % 16 == 0)
-        job = (kernel.__name__, target, types_, constants, dict(num_warps=num_warps, num_stages=num_stages or (2 if target[0] == "hip" else 3)))      # or Triton's default
+        job = (kernel.__name__, target, types_, constants,
+               dict(num_warps=num_warps, num_stages=num_stages or (2 if target[0] == "hip" else 3)))    # or Triton's default
         jobs[repr(job)] = job
 
     launch = record
@@ -1420,8 +1422,8 @@ def compile_check():
 
 FORMAT, STEPS = 1, 10                                           # FORMAT of the files: raise it with every change of what is run or noted
 # Relative distances that rounding explains: of an error or a loss; of two machines' tensors. About ten times (bfloat16: five and two times)
-# the largest over threads, instruction sets, LING_KERNELS and interpreted GPU kernels on a CPU. In bfloat16 tokens near a tie change experts,
-# which moves gradients by a third: what is no op is better compared in float32, where no choice of these models is near a tie.
+# the largest over threads, instruction sets, LING_KERNELS and interpreted GPU kernels on a CPU. In bfloat16 tokens near a tie change
+# experts, which moves gradients by a third: what is no op is better compared in float32, where no choice of these models is near a tie.
 ROUNDING = {"float32": (4e-6, 3e-5), "bfloat16": (3e-2, 0.6)}
 
 
@@ -1481,7 +1483,8 @@ def exact(call):
             0 if args["expert_bias"] is None else args["expert_bias"])
     values, inputs = leaves(args.values())
     out = in_order(call.op.reference(*values))
-    gradients = torch.autograd.grad([out[name] for name in call.incoming], inputs, [g.double() for g in call.incoming.values()], allow_unused=True)
+    gradients = torch.autograd.grad([out[name] for name in call.incoming], inputs, [g.double() for g in call.incoming.values()],
+                                    allow_unused=True)
     names = [name for name, a in zip(args, values) if torch.is_tensor(a) and a.requires_grad]
     return {("forward", name): t.detach() for name, t in out.items()} | {("backward", name): g for name, g in zip(names, gradients)}
 
@@ -1539,14 +1542,16 @@ def fingerprint(file, dtype, device):
             "device": getattr(torch.get_device_module(device), "get_device_name", lambda: str(device))()}
     body = {"format": FORMAT, "models": models, "made": made, "losses": losses, "entries": entries}
     write_json(file, body | {"crc": zlib.crc32(json.dumps(body).encode())})
-    print(f"{file}: {len(entries)} tensors and the losses of {STEPS} steps, in {dtype} on {device}; then python kernels.py --compare {file} OTHER")
+    print(f"{file}: {len(entries)} tensors and the losses of {STEPS} steps, in {dtype} on {device}; "
+          f"then python kernels.py --compare {file} OTHER")
 
 
 def read_fingerprint(file):
     from ling import read_json, require
     body = read_json(file)
     require(isinstance(body, dict) and "format" in body, f"{file} is no fingerprint; make one with python kernels.py --fingerprint {file}")
-    require(body["format"] == FORMAT, f"{file} has format {body['format']!r}, this program compares {FORMAT}; make both files with one version")
+    require(body["format"] == FORMAT,
+            f"{file} has format {body['format']!r}, this program compares {FORMAT}; make both files with one version")
     crc = body.pop("crc", None)
     require(crc == zlib.crc32(json.dumps(body).encode()), f"{file} is damaged or was edited; make it again")
     return body
@@ -1573,11 +1578,12 @@ def faults(pairs, losses, dtype):
         if kind_a != kind_b:
             yield f"{where}: {kind_a} in A, {kind_b} in B" + "; bfloat16 rounds to 3.9e-03" * ("bfloat16" in kind_a + kind_b)
         elif a["dtype"] != "int64" and not distance(a, b) <= ROUNDING[dtype][1]:             # other experts, each right where it is: a tie
-            yield (f"{where}: A and B are {distance(a, b):.1e} apart, norms {a['norm']:.6g} and {b['norm']:.6g}; rounding in {dtype} explains "
-                   f"{ROUNDING[dtype][1]:.0e}. Every op follows its definition: look at what comes before this and is no op")
+            yield (f"{where}: A and B are {distance(a, b):.1e} apart, norms {a['norm']:.6g} and {b['norm']:.6g}; rounding in {dtype} "
+                   f"explains {ROUNDING[dtype][1]:.0e}. Every op follows its definition: look at what comes before this and is no op")
     for where, d in losses.items():
         if not d <= ROUNDING[dtype][0]:
-            yield f"{where}: {d:.1e} apart over {STEPS} steps, rounding in {dtype} explains {ROUNDING[dtype][0]:.0e}; of the first step, nothing is"
+            yield (f"{where}: {d:.1e} apart over {STEPS} steps, rounding in {dtype} explains {ROUNDING[dtype][0]:.0e}; "
+                   "of the first step, nothing is")
 
 
 def compare(files):
@@ -1598,18 +1604,21 @@ def compare(files):
         return 1
     bits = sum(a["crc"] != b["crc"] for _, a, b in pairs)
     worst, where = max((distance(a, b), where) for where, a, b in pairs if a["dtype"] != "int64")
-    print(f"equal within rounding: {bits} of {len(pairs)} tensors differ in bits, by at most {worst:.1e} ({where})" if bits else "equal bit for bit")
+    print(f"equal within rounding: {bits} of {len(pairs)} tensors differ in bits, by at most {worst:.1e} ({where})" if bits else
+          "equal bit for bit")
     return 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("kernels.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("kernels.py", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     job = parser.add_mutually_exclusive_group()
     job.add_argument("--bench", action="store_true")
     job.add_argument("--compile-check", action="store_true")
     job.add_argument("--fingerprint", nargs="?", const="fingerprint.json", metavar="FILE")
     job.add_argument("--compare", nargs=2, metavar="FILE")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of --fingerprint; bfloat16: autocast, as train.py on accelerators")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of --fingerprint; bfloat16: autocast, as train.py on accelerators")
     parser.add_argument("--device", help="of --fingerprint; default: the accelerator if there is one, else cpu")
     args = parser.parse_args(argv)
     if (args.dtype or args.device) and not args.fingerprint:

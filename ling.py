@@ -144,7 +144,8 @@ class LingConfig:
             if f.type is bool:
                 require(isinstance(value, bool), f"{f.name}={value!r} must be true or false")
             elif f.type in (int, float) and not (value is None and f.default is None):
-                require(isinstance(value, (int, f.type)) and not isinstance(value, bool), f"{f.name}={value!r} must be a number ({f.type.__name__})")
+                require(isinstance(value, (int, f.type)) and not isinstance(value, bool),
+                        f"{f.name}={value!r} must be a number ({f.type.__name__})")
                 require(least <= value < math.inf, f"{f.name}={value} must be at least {least} and finite")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         H, KV, E, k, G, r = (self.num_attention_heads, self.num_key_value_heads, self.num_experts, self.num_experts_per_tok, self.n_group,
@@ -158,9 +159,12 @@ class LingConfig:
         require(self.score_function in ("softmax", "sigmoid"), f"score_function={self.score_function!r} is neither softmax nor sigmoid")
         require(self.first_k_dense_replace <= self.num_hidden_layers,
                 f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers={self.num_hidden_layers}")
-        require(0 < r <= self.head_dim, f"rotary width {r} is outside 1..head_dim={self.head_dim}; set partial_rotary_factor in (0, 1] or rotary_dim")
-        require(r % 2 == 0, f"rotary width {r} (of head_dim={self.head_dim}) is odd, but dims rotate in pairs; set rotary_dim to an even number")
-        require(self.rope_theta > 1 and self.rms_norm_eps > 0, f"rope_theta={self.rope_theta} must be above 1, rms_norm_eps={self.rms_norm_eps} above 0")
+        require(0 < r <= self.head_dim,
+                f"rotary width {r} is outside 1..head_dim={self.head_dim}; set partial_rotary_factor in (0, 1] or rotary_dim")
+        require(r % 2 == 0,
+                f"rotary width {r} (of head_dim={self.head_dim}) is odd, but dims rotate in pairs; set rotary_dim to an even number")
+        require(self.rope_theta > 1 and self.rms_norm_eps > 0,
+                f"rope_theta={self.rope_theta} must be above 1, rms_norm_eps={self.rms_norm_eps} above 0")
         if self.rope_scaling is not None:
             require(isinstance(self.rope_scaling, dict), f"rope_scaling={self.rope_scaling!r} must be a JSON object or null")
             kind, factor = rope_type(self), self.rope_scaling.get("factor", 1.0)
@@ -189,8 +193,8 @@ class LingConfig:
         quantized = d["quantization_config"] if isinstance(d.get("quantization_config"), dict) else {}
         for key, want in (("hidden_act", "silu"), ("norm_softmax", False), ("use_rmsnorm", True), ("quant_method", "fp8"),
                           ("weight_block_size", [BLOCK, BLOCK]), ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
-            require((found := quantized.get(key, d.get(key))) in (None, want), f"{key}={found!r} in config.json: only {want!r}, as in Ling's "
-                    "releases, is implemented; use an unmodified release")
+            require((found := quantized.get(key, d.get(key))) in (None, want),
+                    f"{key}={found!r} in config.json: only {want!r}, as in Ling's releases, is implemented; use an unmodified release")
         # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
         architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
@@ -218,10 +222,10 @@ class LingConfig:
 
 
 LING1, LING2 = "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"        # the official class names
-IGNORED = set("""architectures model_type moe_shared_expert_intermediate_size auto_map hidden_act torch_dtype dtype transformers_version use_cache norm_softmax use_rmsnorm
-    attention_dropout embedding_dropout output_dropout hidden_dropout pretraining_tp output_router_logits output_attentions router_dtype
-    output_hidden_states max_window_layers use_sliding_window sliding_window bos_token_id return_dict router_type
-    _name_or_path attn_implementation quantization_config""".split())
+IGNORED = set("""architectures model_type moe_shared_expert_intermediate_size auto_map hidden_act torch_dtype dtype transformers_version
+    use_cache norm_softmax use_rmsnorm attention_dropout embedding_dropout output_dropout hidden_dropout pretraining_tp
+    output_router_logits output_attentions router_dtype output_hidden_states max_window_layers use_sliding_window sliding_window
+    bos_token_id return_dict router_type _name_or_path attn_implementation quantization_config""".split())
 
 _LING1 = dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, norm_head=True, router_aux_loss_coef=0.015,
               router_z_loss_coef=1e-4, router_warmup_steps=2000, moe_router_enable_expert_bias=False)
@@ -311,7 +315,7 @@ class RoPETables:
         """-> cos, sin: fp32 (S,d) of positions, a slice or int64 (S,), laid out for y = x * cos + swap(x) * sin."""
         end = positions.stop if isinstance(positions, slice) else self.config.max_position_embeddings
         if end > len(self.cos) or self.cos.device != device:
-            with torch.inference_mode(False):        # training may use these tables next, and what inference mode makes no backward can keep
+            with torch.inference_mode(False):    # training may use these tables next, and what inference mode makes no backward can keep
                 inv_freq, factor = rope_frequencies(self.config)
                 angle = torch.outer(torch.arange(1 << (end - 1).bit_length(), dtype=torch.float32, device=device), inv_freq.to(device))
                 cos, sin, rest = angle.cos() * factor, angle.sin() * factor, (0, self.config.head_dim - self.config.rotary_width)
@@ -367,7 +371,7 @@ class Attention(nn.Module):
         H, KV, d = self.H, self.KV, self.d
         qk, v = linear(x, self.query_key_value.weight, self.query_key_value.bias).split([(H + KV) * d, KV * d], dim=-1)
         norm = None
-        if self.query_layernorm is not None:                                                 # QK-norm [Ling2] bounds the logits; rope does it first
+        if self.query_layernorm is not None:                     # QK-norm [Ling2] bounds the logits; rope does it first
             norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
         q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, self.r, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
         v = v.unflatten(-1, (KV, d))
@@ -418,7 +422,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.register_buffer("expert_bias", None if config.is_ling1 else torch.zeros(config.num_experts))    # also where it is off: files have it
+        self.register_buffer("expert_bias", None if config.is_ling1 else torch.zeros(config.num_experts))    # also where off: files have it
 
     def forward(self, x, counted, warmup, fraction=None):
         """x (T,D) -> weights (T,k), Routing. counted (T,) bool: tokens whose target is scored; None: no targets.
@@ -662,11 +666,12 @@ class Ling(nn.Module):
                     matrix.copy_(torch.empty(p.shape[-2:], dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)[part])
 
     def trunk(self, tokens, cache=None, counted=None, warmup=None, fractions={}):
-        """tokens (B,S) -> x (B,S,D) after the final norm, and each block's Routing or None. fractions {block: (E,)}; the rest as in forward."""
+        """tokens (B,S) -> x (B,S,D) after the final norm, and each block's Routing or None.
+        fractions {block: (E,)}; the rest as in forward."""
         S = tokens.shape[1]
         require(S > 0, "tokens (B,S) must have at least one position")
         cos_sin = self.rope(slice(0, S) if cache is None else cache.positions(S), tokens.device)
-        x, routings = autocast(self.word_embeddings(tokens)), []                             # the residual stream has the activations' dtype
+        x, routings = autocast(self.word_embeddings(tokens)), []                             # the residual stream in the activations' dtype
         for block in self.layers:
             x, routing = block(x, cos_sin, counted, cache, warmup, fractions.get(block))
             routings.append(routing)                                                         # x (B,S,D)
@@ -773,7 +778,7 @@ class Ling(nn.Module):
         for own, rows in itertools.groupby(released_table(self), key=lambda row: row[1]):
             rows = {e: names for names, _, e in rows}
             for e, matrix, (mine, *others) in local_matrices(self.own_tensor(own).detach()):
-                at = -mine.start                                                             # where the next one begins in ours, or began above it
+                at = -mine.start                                 # where the next one begins in ours, or began above it
                 for stored in map(source.get, rows[e]):                                      # gate over up, or one matrix
                     if stored is None:
                         matrix.zero_()                                                       # an expert_bias that is off
@@ -812,9 +817,10 @@ class Ling(nn.Module):
                     shards, room = [*shards, []], max_shard_bytes
                 shards[-1].append((name, own, e, i, len(names), shape))
                 room -= size
-        files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        files = (["model.safetensors"] if len(shards) == 1 else
+                 [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))])
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        whole = functools.lru_cache(1)(lambda own, e: whole_matrix(self.own_tensor(own), e))   # gate and up are of one matrix: gathered once
+        whole = functools.lru_cache(1)(lambda own, e: whole_matrix(self.own_tensor(own), e))  # gate and up are of one matrix: gathered once
         for i, (file, shard) in enumerate(zip(files, shards)):
             layout = {name: (dtype_of(own), shape) for name, own, _, _, _, shape in shard}
             data = (whole(own, e).chunk(n)[j].to(dtype_of(own)) for _, own, e, j, n, _ in shard)
@@ -855,9 +861,9 @@ def components(config, seq_len=0):
     with torch.device("meta"):
         model = Ling(config)
     for name, p in model.named_parameters():
-        kind = next(kind for part, kind in (("mtp.", "mtp"), ("word_embeddings", "embedding"), ("lm_head", "lm_head"), ("norm.weight", "norms"),
-                    ("attention.", "attention"), ("mlp.gate.", "router"), (".experts.", "experts"), ("shared_experts", "shared experts"),
-                    ("mlp.", "dense MLP")) if part in f".{name}")                            # the first part that occurs
+        kind = next(kind for part, kind in (("mtp.", "mtp"), ("word_embeddings", "embedding"), ("lm_head", "lm_head"),
+                    ("norm.weight", "norms"), ("attention.", "attention"), ("mlp.gate.", "router"), (".experts.", "experts"),
+                    ("shared_experts", "shared experts"), ("mlp.", "dense MLP")) if part in f".{name}")    # the first part that occurs
         sizes[kind] += p.numel()
     idle = {"experts": sizes["experts"] // c.num_experts * (c.num_experts - c.num_experts_per_tok),
             "mtp": depth * 3 * c.moe_intermediate_size * c.hidden_size * (c.num_experts - c.num_experts_per_tok)}
@@ -930,12 +936,12 @@ def check_table(path, model, tensors):
             if (tensor := tensors.get(name)) is not None:
                 want = [first // len(names), *rest]
                 require(list(tensor.shape) == want, f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for {want}")
-                require(tensor.dtype in FLOATS or tensor.dtype == FP8 and rest, f"{path}: {name} is stored as {tensor.dtype}; only float32, "
-                        "bfloat16 and float16 weights can be read, and float8_e4m3fn matrices")
+                require(tensor.dtype in FLOATS or tensor.dtype == FP8 and rest, f"{path}: {name} is stored as {tensor.dtype}; only "
+                        "float32, bfloat16 and float16 weights can be read, and float8_e4m3fn matrices")
                 scale, blocks = tensor.scale, [-(-n // BLOCK) for n in want]
                 require(tensor.dtype != FP8 or scale and scale.dtype in FLOATS and scale.shape == blocks,
-                        f"{path}: {name}_scale_inv {f'is {scale.dtype} {scale.shape}' if scale else 'is missing'}, but {name} is FP8 and needs "
-                        f"one of {blocks}, float32 or bfloat16; get the files again, or the bf16 release")
+                        f"{path}: {name}_scale_inv {f'is {scale.dtype} {scale.shape}' if scale else 'is missing'}, but {name} is FP8 and "
+                        f"needs one of {blocks}, float32 or bfloat16; get the files again, or the bf16 release")
     return tensors
 
 
@@ -999,7 +1005,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
           "U8": torch.uint8, "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS, FP8, BLOCK = (torch.float32, torch.bfloat16, torch.float16), torch.float8_e4m3fn, 128    # BLOCK x BLOCK weights share a scale
-E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(FP8).float()    # what each byte means: torch's own conversion is 4 times slower
+E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(FP8).float()    # what each byte means: torch's conversion is 4 times slower
 READERS, STAGING = 4, 1 << 20       # threads that load (from a disk twice as fast as one), and how many bytes each converts at a time
 
 
@@ -1026,7 +1032,8 @@ class Stored(NamedTuple):
             f.seek(self.start + first * row)
             for piece in pieces:
                 values = room[:len(piece)]
-                require(f.readinto(values.view(-1).view(torch.uint8).numpy()) == values.nbytes, f"{self.path} ends early: it is being changed")
+                require(f.readinto(values.view(-1).view(torch.uint8).numpy()) == values.nbytes,
+                        f"{self.path} ends early: it is being changed")
                 if self.scale:
                     rows = scale[torch.arange(first, first + len(piece), device="cpu") // BLOCK].repeat_interleave(BLOCK, dim=1)
                     values = E4M3.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape).mul_(rows[:, :self.shape[1]])
@@ -1047,7 +1054,8 @@ def open_safetensors(folder):
     if index.exists():
         weight_map = read_json(index)
         weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        require(isinstance(weight_map, dict) and all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()),
+        require(isinstance(weight_map, dict)
+                and all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()),
                 f"{index}: weight_map must map tensor names to file names in the same folder")
         files = {file: open_safetensors_file(index.with_name(file)) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
@@ -1071,7 +1079,8 @@ def open_safetensors_file(path):
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        check(8 + length <= size and length <= 100 << 20, f"its header claims {length} bytes; the file has {size}, and the format allows 100 MiB")
+        check(8 + length <= size and length <= 100 << 20,
+              f"its header claims {length} bytes; the file has {size}, and the format allows 100 MiB")
         raw = f.read(length)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)

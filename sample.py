@@ -68,8 +68,8 @@ class Tokenizer:
         try:
             return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
         except BaseException as error:                           # a panic in tiktoken's regex is no Exception
-            require(type(error).__name__ != "PanicException", f"tiktoken cannot cut a text of {len(text)} characters ({error}): break up its longest "
-                    "run of blanks, which may have some hundred thousand")
+            require(type(error).__name__ != "PanicException", f"tiktoken cannot cut a text of {len(text)} characters ({error}): "
+                    "break up its longest run of blanks, which may have some hundred thousand")
             raise
 
     def encode_chat(self, pieces):
@@ -197,13 +197,15 @@ def chat_style(folder, config, tokenizer):
 def render(messages, style, thinking=False, tools=()):
     """The prompt for the assistant's next turn. messages: dicts as in OpenAI's API, {"role": system, user, assistant or tool, "content"},
     an assistant's also with "tool_calls" and "reasoning_content". Raises BadInput."""
-    require(isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages), "messages must be a list of objects, and not empty")
+    require(isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages),
+            "messages must be a list of objects, and not empty")
     require(isinstance(tools, (list, tuple)), "tools must be a list of functions")
     for m in messages:
         require(m.get("role") in ("system", "user", "assistant", "tool"),
                 f"a message's role is {m.get('role')!r}; known are system, user, assistant and tool")
         require(all(isinstance(m.get(key) or "", str) for key in ("content", "reasoning_content")), "a message's content must be a string")
-        require(are_calls(m.get("tool_calls") or []), 'tool_calls must be a list of {"name": ..., "arguments": ...}, or of {"function": {...}}')
+        require(are_calls(m.get("tool_calls") or []),
+                'tool_calls must be a list of {"name": ..., "arguments": ...}, or of {"function": {...}}')
     return [*(render_v2 if style == "v2" else render_v1)(messages, thinking, tools), ("<role>ASSISTANT</role>", True)]
 
 
@@ -226,7 +228,8 @@ def render_v2(messages, thinking, tools):
         for tool in tools:
             yield "\n" + dump(tool), False
         yield ("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-               '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n', True)
+               '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+               "</tool_call>\n", True)
     yield f"detailed thinking {'on' if thinking else 'off'}{ROLE_END}", True
     last_query = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages))
     for i, message in enumerate(messages):
@@ -286,7 +289,8 @@ def split_calls(text):
 # 3. One token
 
 def next_token(logits, seen, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """Draw one id. logits (V,) fp32, seen (n,) ids so far, uniform in [0, 1) decides. temperature 0: the likeliest. top_k 0, top_p 1, min_p 0: off.
+    """Draw one id. logits (V,) fp32, seen (n,) ids so far, uniform in [0, 1) decides. temperature 0: the likeliest.
+    top_k 0, top_p 1, min_p 0: off.
 
     top_p keeps the fewest tokens whose probabilities reach it (arXiv 1904.09751), min_p those of at least min_p times the
     best's (arXiv 2407.01082); the penalty divides the positive logits of seen tokens and multiplies the negative (arXiv 1909.05858)."""
@@ -295,7 +299,7 @@ def next_token(logits, seen, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p
         logits = logits.index_put((seen,), torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
     if temperature == 0:
         return int(logits.argmax())
-    logits = (logits - logits.max()) / temperature                                           # below 0, so that a small temperature cannot overflow
+    logits = (logits - logits.max()) / temperature               # below 0, so that a small temperature cannot overflow
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probs = logits.softmax(-1)
@@ -463,7 +467,8 @@ class Engine:
 
     def __init__(self, model, slots, batch=64, chunk=None, speculate=False):
         c = model.config
-        require(not speculate or len(model.mtp), "this model has no MTP block to guess with (num_nextn_predict_layers is 0); leave --speculate out")
+        require(not speculate or len(model.mtp),
+                "this model has no MTP block to guess with (num_nextn_predict_layers is 0); leave --speculate out")
         self.model, self.batch, self.chunk, self.speculate = model, batch, chunk or max(512, 2 * batch), speculate
         self.device = model.word_embeddings.weight.device
         self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
@@ -476,9 +481,10 @@ class Engine:
         where = request.where
         require(request.ids and request.limit > 1, f"{where}a prompt needs a token, and a text to score two")
         limit, slots = self.model.config.max_position_embeddings, len(self.cache.users)
-        require(request.limit <= limit, f"{where}{len(request.ids)} tokens of prompt and {request.tokens} new ones exceed max_position_embeddings={limit}; "
-                f"shorten the prompt or ask for at most {max(0, limit - len(request.ids))}")
-        require(request.limit <= slots, f"{where}a request of up to {request.limit} tokens does not fit the {slots} positions of the cache; raise --cache_gb")
+        require(request.limit <= limit, f"{where}{len(request.ids)} tokens of prompt and {request.tokens} new ones exceed "
+                f"max_position_embeddings={limit}; shorten the prompt or ask for at most {max(0, limit - len(request.ids))}")
+        require(request.limit <= slots,
+                f"{where}a request of up to {request.limit} tokens does not fit the {slots} positions of the cache; raise --cache_gb")
 
     def room(self, request, n):
         """Slots for n more positions and some ahead, if need be from requests that are only kept. -> whether there are."""
@@ -527,14 +533,14 @@ class Engine:
                 while waiting and len(running) < self.batch and not crowded and self.admit(waiting[0], running):
                     running.append(waiting.popleft())
                 work, left = [], self.chunk
-                for request in sorted(running, key=lambda r: r.target - r.done):             # those that generate before those that are read
+                for request in sorted(running, key=lambda r: r.target - r.done):             # those that generate before those being read
                     end = min(request.target, request.done + left)
                     end += len(request.guess) if end == len(request.ids) else 0
                     if end > request.done and (end <= len(request.slots) or self.room(request, end - len(request.slots))):
                         work.append((request, request.done, end))
                         left = max(0, left - (end - request.done))
-                if not work:                                     # all wait for slots: the youngest gives its own back and starts again later
-                    crowded = True                               # (never one that is scored: it has had slots for all its text from the start)
+                if not work:                                     # all wait for slots: the youngest gives its own up and starts again later
+                    crowded = True                               # (never one that is scored: it had slots for all its text from the start)
                     waiting.appendleft(running.pop())
                     self.release(waiting[0])
                     continue
@@ -548,8 +554,8 @@ class Engine:
 
     def guesses(self):
         """What there is to report about speculation."""
-        return (f"; {self.accepted} of {self.guessed} guesses right ({self.accepted / self.guessed:.0%}), {self.drawn / self.passes:.2f} tokens a pass"
-                if self.guessed else "")
+        return (f"; {self.accepted} of {self.guessed} guesses right ({self.accepted / self.guessed:.0%}), "
+                f"{self.drawn / self.passes:.2f} tokens a pass" if self.guessed else "")
 
     def keep(self, requests):
         self.kept += requests
@@ -587,7 +593,8 @@ class Engine:
         """One pass over positions start..end - 1 of each request, and what follows from its logits."""
         model, cache = self.model, self.cache
         cache.plan(work)
-        tokens = [token for request, start, end in work for token in request.ids[start:end] + request.guess[:max(0, end - len(request.ids))]]
+        tokens = [token for request, start, end in work
+                  for token in request.ids[start:end] + request.guess[:max(0, end - len(request.ids))]]
         x, self.routings = self.trunk(self.row(tokens))                                      # (1,T,D)
         rows, wanted, row = [], [], 0                                                        # rows whose logits are needed
         for request, start, end in work:
@@ -603,7 +610,8 @@ class Engine:
                 request.done = end
                 if positions:
                     target = request.ids[positions.start + 1:end + 1]
-                    request.logprobs += (-F.cross_entropy(mine, mine.new_tensor(target, dtype=torch.int64), reduction="none")).tolist()   # SYNC
+                    request.logprobs += (-F.cross_entropy(mine, mine.new_tensor(target, dtype=torch.int64),
+                                                          reduction="none")).tolist()        # SYNC
                     request.greedy &= target == top
                 if end == request.target:
                     request.finish = "length"
@@ -647,7 +655,7 @@ class Engine:
 def generate(model, prompt, tokens, seed=0, stop_ids=(), **sampling):
     """Yield (id, load) for up to `tokens` new tokens after `prompt`, a list of ids; load (MoE layers, E) of the pass that
     produced it. Stops before an id of stop_ids. Raises BadInput when the text would outgrow the model's positions."""
-    engine = Engine(model, len(prompt) + tokens, batch=1, chunk=max(1, len(prompt) - 1))     # the pass that draws a token is that token's alone
+    engine = Engine(model, len(prompt) + tokens, batch=1, chunk=max(1, len(prompt) - 1))     # the pass that draws a token is for it alone
     request = Request([*prompt], tokens, seed=str(seed), sampling=sampling, stop_ids=frozenset(stop_ids))
     for n, _ in enumerate(engine.serve([request]), start=len(prompt) + 1):
         if len(request.ids) == n:
@@ -663,7 +671,7 @@ def text_of(model, tokenizer, prompt, tokens, **kwargs):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. From text to requests
 
-SETTINGS = {                                                     # flags that a line of --prompts may also set for itself: type, default, help, limits
+SETTINGS = {                     # flags that a line of --prompts may also set for itself: type, default, help, limits
     "tokens": (int, 200, "how many tokens to generate", lambda n: n >= 1, "at least 1"),
     "temperature": (float, 0.8, "0 takes the likeliest token", lambda t: t == 0 or 1e-6 <= t <= 1e6, "0, or in 1e-6..1e6"),
     "top_k": (int, 0, "keep the k likeliest; 0: all", lambda k: k >= 0, "0 (off) or more"),
@@ -704,9 +712,11 @@ class Desk:
         chosen = {key: given.get(key, getattr(self.args, key)) for key in SETTINGS}
         for key, (kind, _, _, holds, words) in SETTINGS.items():
             value = chosen[key]
-            require(isinstance(value, (int, kind)) and not isinstance(value, bool) and holds(value), f"{where}{key} {value} must be {words}" + " and whole" * (kind is int))
+            require(isinstance(value, (int, kind)) and not isinstance(value, bool) and holds(value),
+                    f"{where}{key} {value} must be {words}" + " and whole" * (kind is int))
         stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", self.args.stop)
-        require(isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops), f"{where}stop must be texts that are not empty")
+        require(isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops),
+                f"{where}stop must be texts that are not empty")
         seed = str(chosen.pop("seed")) + ("" if name is None else f"/{name}")
         return Request(ids, chosen.pop("tokens"), seed=seed, sampling=chosen, stop_ids=self.stop_ids, bytes_of=self.tokenizer.bytes_of,
                        stream=Stream(tuple(stops)), where=where if given else "")
@@ -725,9 +735,11 @@ class Desk:
         context, limit, groups = line.get("context", ""), self.model.config.max_position_embeddings, []
         require(isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts) and isinstance(context, str),
                 f'{where}must have "text", or "context" and "continuation", or "context" and a list "choices", none of them empty')
-        require("text" not in line or "context" not in line, f'{where}"text" is scored from its start; give "continuation" with a "context"')
+        require("text" not in line or "context" not in line,
+                f'{where}"text" is scored from its start; give "continuation" with a "context"')
         answer = line.get("answer", 0) if "choices" in line else 0
-        require(type(answer) is int and 0 <= answer < len(texts), f"{where}answer {answer!r} must be the number of a choice, 0..{len(texts) - 1}")
+        require(type(answer) is int and 0 <= answer < len(texts),
+                f"{where}answer {answer!r} must be the number of a choice, 0..{len(texts) - 1}")
         words = context.rstrip()                                                             # a blank belongs to the word after it
         before = self.encode(words)
         for text in texts:
@@ -735,13 +747,15 @@ class Desk:
             if ids[:len(before)] != before or len(ids) == len(before):                       # no context, or a token across the boundary
                 ids = before + self.tokenizer.encode(context[len(words):] + text)
             # A text that outgrows the model is read in windows that share one token, a continuation must fit.
-            require("text" in line or len(ids) <= limit, f"{where}{len(ids)} tokens exceed max_position_embeddings={limit}; shorten the context")
+            require("text" in line or len(ids) <= limit,
+                    f"{where}{len(ids)} tokens exceed max_position_embeddings={limit}; shorten the context")
             groups.append([Request(ids[i:i + limit], score_from=len(before) if i == 0 else 1, where=where)
                            for i in range(0, len(ids) - 1, limit - 1)])
 
         def report():
             rows = [{"logprob": sum(sum(request.logprobs) for request in group), "tokens": sum(len(request.logprobs) for request in group),
-                     "bytes": len((context[len(words):] + text).encode(errors="replace")), "greedy": all(request.greedy for request in group)}
+                     "bytes": len((context[len(words):] + text).encode(errors="replace")),
+                     "greedy": all(request.greedy for request in group)}
                     for group, text in zip(groups, texts)]
             if "choices" not in line:
                 return rows[0] | {"bits_per_byte": -rows[0]["logprob"] / rows[0]["bytes"] / math.log(2)}
@@ -768,7 +782,8 @@ def one_text(desk, prompt, show_routing):
         print(text, end="", flush=True)
     seconds, new = time.perf_counter() - start, len(request.ids) - n
     print(flush=True)
-    print(f"{new} tokens in {seconds:.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s ({desk.folder}, prompt of {n}){engine.guesses()}", file=sys.stderr)
+    print(f"{new} tokens in {seconds:.2f} s, {new / max(seconds, 1e-9):.1f} tokens/s ({desk.folder}, prompt of {n}){engine.guesses()}",
+          file=sys.stderr)
 
 
 def chat(desk, tools):
@@ -810,7 +825,8 @@ def chat(desk, tools):
             continue
         print(flush=True)
         new, seconds = len(request.ids) - n, time.perf_counter() - start
-        print(f"[{new} tokens, {new / max(seconds, 1e-9):.1f} tokens/s; read {n - engine.shared + shared} of {n}{engine.guesses()}]", file=sys.stderr)
+        print(f"[{new} tokens, {new / max(seconds, 1e-9):.1f} tokens/s; read {n - engine.shared + shared} of {n}{engine.guesses()}]",
+              file=sys.stderr)
         messages = [*turn, {"role": "assistant", **split_calls(request.text)}]
 
 
@@ -828,8 +844,9 @@ def read_lines(path, lines=None):
 
 
 def answer_file(desk, path, out, make):
-    """One line of JSON in `out` (None: stdout) for each line of `path`, as it is finished: "id", what `make` reports, whatever else the line
-    held, and a checksum of the request. Run again after whatever happened, only what is missing is done; at the end lines are in order."""
+    """One line of JSON in `out` (None: stdout) for each line of `path`, as it is finished: "id", what `make` reports, whatever else the
+    line held, and a checksum of the request. Run again after whatever happened, only what is missing is done; at the end lines are in
+    order."""
     known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text"}
     weights = [(str(file), file.stat().st_mtime_ns) for file in sorted(desk.folder.resolve().glob("*"))
                if file.suffix == ".safetensors" or file.name == "latest"]
@@ -859,14 +876,16 @@ def answer_file(desk, path, out, make):
             print(json.dumps(answers[name], ensure_ascii=False), file=file, flush=True)
         if time.perf_counter() > told + 5:
             told = time.perf_counter()
-            print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s", file=sys.stderr)
+            print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s",
+                  file=sys.stderr)
     if out:
         file.close()
         rows = (json.dumps(answers[name], ensure_ascii=False) + "\n" for name in heads | answers)
         write_beside(os.path.realpath(out), lambda f: f.writelines(row.encode(errors="backslashreplace") for row in rows))
     seconds = time.perf_counter() - start
-    print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, {engine.drawn / seconds:,.1f} tokens/s; "
-          f"{engine.read} read, {engine.read / max(1, engine.passes):.1f} a pass, {engine.shared} shared{engine.guesses()}", file=sys.stderr)
+    print(f"{len(jobs)} done, {there} were there already; {engine.drawn} tokens generated in {seconds:.2f} s, "
+          f"{engine.drawn / seconds:,.1f} tokens/s; {engine.read} read, {engine.read / max(1, engine.passes):.1f} a pass, "
+          f"{engine.shared} shared{engine.guesses()}", file=sys.stderr)
     if right := [answers[name]["correct"] for name in heads if type(answers[name].get("correct")) is bool]:
         print(f"{sum(right)} of {len(right)} correct, {sum(right) / len(right):.1%}", file=sys.stderr)
 
@@ -920,7 +939,8 @@ def run_cli(prog, main):
     except (MemoryError, RuntimeError) as error:                 # torch's allocator for CPUs raises the latter
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        message = f"out of memory ({error}); lower --micro_batch_tokens of train.py, --cache_gb or --batch of sample.py, or take a smaller model or dtype"
+        message = (f"out of memory ({error}); lower --micro_batch_tokens of train.py, --cache_gb or --batch of sample.py, "
+                   "or take a smaller model or dtype")
     print("\n" * sys.stdout.isatty() + f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
@@ -963,8 +983,8 @@ class Progress:
         now = time.perf_counter()
         if sys.stderr.isatty() and (now > self.told + 0.5 or (done == total and self.told > self.start)):
             self.told = now
-            print(f"\rloading {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / 1e9 / (now - self.start):.1f} GB/s", end="\n" * (done == total),
-                  file=sys.stderr, flush=True)
+            print(f"\rloading {done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / 1e9 / (now - self.start):.1f} GB/s",
+                  end="\n" * (done == total), file=sys.stderr, flush=True)
 
 
 def model_and_tokenizer(folder, tokenizer=None, dtype=None, device=None):
@@ -989,9 +1009,11 @@ def main(argv=None):
     add("system", help="with --chat: the system prompt")
     add("tools", metavar="FILE", help="with --chat: a JSON list of functions the model may call")
     add("think", action=argparse.BooleanOptionalAction, help="let the model think before it answers, or not; default: as its template says")
-    add("prompts", metavar="FILE", help='continue many: lines of {"prompt": ...} or {"messages": [...]}, with "id", "stop" or sampling of their own')
+    add("prompts", metavar="FILE",
+        help='continue many: lines of {"prompt": ...} or {"messages": [...]}, with "id", "stop" or sampling of their own')
     add("score", metavar="FILE", help='log-likelihoods: lines of {"text"}, {"context", "continuation"} or {"context", "choices", "answer"}')
-    add("out", metavar="FILE", help="with --prompts or --score: where the answers go, and what is there already is not done again; default: stdout")
+    add("out", metavar="FILE",
+        help="with --prompts or --score: where the answers go, and what is there already is not done again; default: stdout")
     add("batch", type=int, default=64, help="requests that share a pass (64)")
     add("cache_gb", type=float, default=4.0, help="largest size of the buffer for keys and values, in GB (4)")
     add("speculate", action="store_true", help="let the MTP block guess one token more a pass; what comes out is the same")
@@ -1005,7 +1027,8 @@ def main(argv=None):
     require(len(modes) < 2, f"--{' and --'.join(modes)} exclude each other; give one")
     for flag, with_ in (("system", ["chat"]), ("tools", ["chat"]), ("think", ["chat", "prompts"]), ("out", ["prompts", "score"])):
         require(getattr(args, flag) is None or modes and modes[0] in with_, f"--{flag} goes with --{' or --'.join(with_)}")
-    require(args.batch >= 1 and 0 < args.cache_gb < math.inf, f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0")
+    require(args.batch >= 1 and 0 < args.cache_gb < math.inf,
+            f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0")
     require(not (args.speculate and (args.score or args.show_routing)), "--speculate goes with neither --score nor --show_routing")
     require(not args.show_routing or modes in ([], ["prompt"]), f"--show_routing does not go with --{''.join(modes)}")
     tools = read_json(args.tools) if args.tools else []

@@ -69,8 +69,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ling import (PRESETS, AllToAll, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, components, count_params, count_targets, file_crc, find_checkpoint,
-                  checkpoint_damage, flops_per_token, load_checkpoint, local, option, read_config, read_json, require, update_expert_bias, write_beside, write_json)
+from ling import (PRESETS, AllToAll, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, components, count_params, count_targets,
+                  file_crc, find_checkpoint, checkpoint_damage, flops_per_token, load_checkpoint, local, option, read_config, read_json,
+                  require, update_expert_bias, write_beside, write_json)
 from sample import PATTERN, Parser, Tokenizer, load_tokenizer, pick_device, run_cli, spellings, text_of, tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,15 +119,17 @@ class TrainConfig:
     save_every: int = option(200, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "checkpoints to keep")
     device: str = option("", "default: the accelerator if there is one, else cpu")
-    balance: str = option("global", "f of the balance loss: global, the load of the whole step before; micro, of each micro-batch by itself",
-                          choices=("global", "micro"))
+    balance: str = option("global", "f of the balance loss: global, the load of the whole step before; "
+                          "micro, of each micro-batch by itself", choices=("global", "micro"))
     # a run that looks after itself
-    spike_z: float = option(6.0, "a loss or gradient norm so many robust standard deviations above the recent median is a spike; 0: none is")
+    spike_z: float = option(6.0, "a loss or gradient norm so many robust standard deviations above the recent median is a spike; "
+                            "0: none is")
     spike_width: int = option(2, "spikes in a row from which on updates are skipped and their samples come back later")
     spike_limit: int = option(30, "spikes in a row, after which the run stops")
     report: str = option("", "print where the time of this run went, which rank held up the others, and what to try; and stop")
     profile: int = option(0, "write a Chrome trace of the three steps after this one, of every rank, into the run's folder; 0: none")
-    merge: int = option(0, "average the last N checkpoints of the run, as if the learning rate had decayed over them, into --export; and stop")
+    merge: int = option(0, "average the last N checkpoints of the run, as if the learning rate had decayed over them, into --export; "
+                        "and stop")
     merge_shape: str = option("sqrt", "the decay that --merge stands for: 1 - sqrt(x), 1 - x or (1 + cos(pi x)) / 2", choices=tuple(DECAY))
     # many processes
     sync: str = option("step", "step: gradients of all ranks, every step; edit: --replicate copies train on their own between syncs",
@@ -137,9 +140,11 @@ class TrainConfig:
     outer_lr: float = option(0.8, "edit: step size of a sync; 1 with --outer_momentum 0 moves to the weighted mean")
     outer_momentum: float = option(0.5, "edit: Nesterov momentum from sync to sync")
     outer_clip: float = option(10.0, "edit: largest norm of a layer's mean change")
-    sync_z: float = option(3.0, "edit: a copy whose change is so many standard deviations larger than it used to be is left out; 0: only if not finite")
+    sync_z: float = option(3.0, "edit: a copy whose change is so many standard deviations larger than it used to be is left out; "
+                           "0: only if not finite")
     sync_temperature: float = option(1.0, "edit: copies are weighted by softmax(-norm of their change / this); 0: all alike")
-    replicate: int = option(0, "copies of the dense weights: all ranks (DDP) .. 1 (FSDP), between them HSDP; 0: by memory (edit: one a node)")
+    replicate: int = option(0, "copies of the dense weights: all ranks (DDP) .. 1 (FSDP), between them HSDP; "
+                            "0: by memory (edit: one a node)")
     ep: int = option(0, "ranks that share out the routed experts and send each other tokens; 1: none; 0: by what moves fewer bytes")
     recompute: str = option("none", "activations computed again in the backward pass", choices=RECOMPUTE)
     compile: bool = option(False, "torch.compile each block")
@@ -163,9 +168,9 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             require(getattr(self, f.name) in f.metadata.get("choices", [getattr(self, f.name)]),
                     f"--{f.name} {getattr(self, f.name)!r} is none of {', '.join(f.metadata.get('choices', ()))}")
-        for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0, eval_every=0,
-                                save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1, spike_width=1, spike_limit=1, profile=0, merge=0,
-                                sync_every=1, sync_warmup=0, ranks=0).items():
+        for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0,
+                                eval_every=0, save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1, spike_width=1, spike_limit=1,
+                                profile=0, merge=0, sync_every=1, sync_warmup=0, ranks=0).items():
             require(least <= getattr(self, name) < 1 << 40, f"--{name} {getattr(self, name)} must be at least {least} and below 2^40")
         for name in ("lr", "weight_decay", "clip", "spike_z", "sync_seconds", "outer_lr", "outer_clip", "sync_z", "sync_temperature"):
             require(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
@@ -174,7 +179,8 @@ class TrainConfig:
         for name in ("batch_start", "halve_at", "decay", "final_lr", "beta1", "beta2", "outer_momentum"):
             require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} must be in 0..1")
         require(max(self.beta1, self.beta2, self.outer_momentum) < 1, "--beta1, --beta2 and --outer_momentum must be below 1")
-        require(self.sync_seconds < self.timeout, f"--sync_seconds {self.sync_seconds} must be below --timeout {self.timeout}: waiting for a sync would be a hang")
+        require(self.sync_seconds < self.timeout,
+                f"--sync_seconds {self.sync_seconds} must be below --timeout {self.timeout}: waiting for a sync would be a hang")
         require(self.outer_clip > 0, "--outer_clip 0 would stop all learning; raise it above 0")
         require(self.batch_tokens % self.seq_len == 0, f"--batch_tokens {self.batch_tokens} is not a multiple of --seq_len {self.seq_len}; "
               f"try {max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len}")
@@ -184,8 +190,8 @@ class TrainConfig:
 
 TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_steps", "expert_bias_update_rate", "mtp_loss_scaling_factor"}
 MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate", "ep", "recompute",
-              "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width", "spike_limit", "sync", "sync_every",
-              "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr", "outer_momentum", "outer_clip",
+              "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width", "spike_limit", "sync",
+              "sync_every", "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr", "outer_momentum", "outer_clip",
               "plan", "tokens", "mfu", "ranks", "budget", "tensorboard"}                                        # on resuming
 
 
@@ -265,7 +271,8 @@ class Team:
         self.replicas, self.replica, self.ranks, self.within, self.across = 1, 0, self.size, None, None   # until split()
         if self.size > 1 and self.device.type != "cpu":
             count = torch.accelerator.device_count()
-            require(self.local_rank < count, f"--nproc-per-node {self.local_size}: this machine has {count} devices; start at most {count} processes")
+            require(self.local_rank < count,
+                    f"--nproc-per-node {self.local_size}: this machine has {count} devices; start at most {count} processes")
             self.device = torch.device(self.device.type, self.local_rank)
             torch.accelerator.set_device_index(self.local_rank)
 
@@ -296,14 +303,14 @@ class Team:
             return dist.TCPStore(host, port, self.size, self.rank == 0, timeout=patience)
         agent, deadline = dist.TCPStore(host, port, timeout=patience), time.monotonic() + patience.total_seconds()
         if self.rank == 0:
-            with socket.create_connection((host, port)) as way:                              # the address by which others reach this machine
+            with socket.create_connection((host, port)) as way:                              # the address others reach this machine by
                 mine = way.getsockname()[0]
             store = dist.TCPStore(mine, 0, is_master=True, wait_for_workers=False, timeout=patience)
             agent.set("ling", f"{mine} {store.port}")
             return store
         while True:
             host, port = agent.get("ling").decode().split()
-            with contextlib.suppress(OSError):                                               # of a rank 0 that is dead: the new one is not up yet
+            with contextlib.suppress(OSError):                   # of a rank 0 that is dead: the new one is not up yet
                 socket.create_connection((host, int(port)), 5).close()
                 return dist.TCPStore(host, int(port), timeout=patience)
             require(time.monotonic() < deadline, f"rank {self.rank} finds no rank 0 at {host}:{port}; is a firewall between the nodes?")
@@ -383,7 +390,8 @@ class Watch:
                 return
         time.sleep(2)                                                                        # for the others to have said where they are
         try:
-            said = [self.store.get(key).decode() if self.store.check([key]) else "-1 start" for key in (f"at/{rank}" for rank in range(self.team.size))]
+            said = [self.store.get(key).decode() if self.store.check([key]) else "-1 start"
+                    for key in (f"at/{rank}" for rank in range(self.team.size))]
             places = [line.split(" ", 1) for line in said]
             least = min(int(count) for count, _ in places)
             behind = [f"rank {rank}, last heard at {place}" for rank, (count, place) in enumerate(places) if int(count) == least]
@@ -416,7 +424,8 @@ def find_files(patterns):
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            hits = [p for p in sorted(path.rglob("*")) if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            hits = [p for p in sorted(path.rglob("*"))
+                    if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
         else:
             hits = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
         if not hits:
@@ -429,7 +438,8 @@ def read_text(path):
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"--data {path} is not UTF-8 text (byte {error.start}); leave it out, e.g. with a glob like 'folder/**/*.txt'") from None
+        raise BadInput(f"--data {path} is not UTF-8 text (byte {error.start}); leave it out, "
+                       "e.g. with a glob like 'folder/**/*.txt'") from None
     if "\0" in text:
         raise BadInput(f"--data {path} looks binary (it has NUL bytes); leave it out, e.g. with a glob like 'folder/**/*.txt'")
     return text
@@ -550,7 +560,8 @@ def prepare(train, config, given_model):
         parts = dict(zip(("train", "val"), split(texts)))
     if learned:
         start, size = time.perf_counter(), int(learned[1])
-        print(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB", end="", flush=True)
+        print(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB",
+              end="", flush=True)
         tokenizer = Tokenizer.from_ranks(learn_bpe((texts[name] for name in parts["train"]), size - 1))
         print(f", {time.perf_counter() - start:.1f} s")
     config = with_vocabulary(train, config, given_model, tokenizer)
@@ -561,14 +572,16 @@ def prepare(train, config, given_model):
         arrays = open_shards(files, config.vocab_size)
     else:
         dtype, end = np.uint16 if config.vocab_size <= 1 << 16 else np.uint32, [] if tokenizer.end is None else [tokenizer.end]
-        encode = lambda names: [np.concatenate([np.array(tokenizer.encode(texts[name]) + end, dtype=dtype) for name in names])] if names else []
+        encode = lambda names: ([np.concatenate([np.array(tokenizer.encode(texts[name]) + end, dtype=dtype) for name in names])]
+                                if names else [])
         arrays = hold_out_tail({part: encode(names) for part, names in parts.items()})
     Data(arrays, train)                                                                      # raises if it is too short
     return tokenizer, config, arrays, shards
 
 
 def with_vocabulary(train, config, given_model, tokenizer=None):
-    """config with its tokenizer's vocabulary, unless preset, flags or weights bring one. No tokenizer: its size alone, as a plan needs it."""
+    """config with its tokenizer's vocabulary, unless preset, flags or weights bring one.
+    No tokenizer: its size alone, as a plan needs it."""
     if "vocab_size" in {**PRESETS[train.preset], **given_model} or train.init:
         return config
     if tokenizer is None and (learned := re.fullmatch(r"bpe(\d+)", train.tokenizer)):
@@ -660,7 +673,8 @@ def choose_layout(train, config, team, counts=None):
     """-> train with replicate and ep filled in, and why. Raises BadInput when what was asked for does not divide up. team: a Team, or
     what a plan says of one; counts: count_params(config), if at hand."""
     world, E, reasons, counts = team.size, config.num_experts, [], counts or count_params(config)
-    require(train.replicate == 0 or world % train.replicate == 0, f"--replicate {train.replicate} does not divide the {world} ranks; choose a divisor")
+    require(train.replicate == 0 or world % train.replicate == 0,
+            f"--replicate {train.replicate} does not divide the {world} ranks; choose a divisor")
     require(train.ep == 0 or world % train.ep == 0 and E % train.ep == 0,
             f"--ep {train.ep} must divide the {world} ranks and num_experts={E}; try {math.gcd(world, E)}")
     moe = config.num_hidden_layers > config.first_k_dense_replace or config.num_nextn_predict_layers > 0
@@ -668,19 +682,24 @@ def choose_layout(train, config, team, counts=None):
     replicate, ep, room = train.replicate, train.ep, team.memory / 2
     if train.sync == "edit":
         replicate = replicate or (team.nodes if team.nodes > 1 else world)
-        require(world % replicate == 0, f"--sync edit: {world} ranks cannot form {replicate} equal copies; choose a --replicate that divides them")
+        require(world % replicate == 0,
+                f"--sync edit: {world} ranks cannot form {replicate} equal copies; choose a --replicate that divides them")
         least = int(batch_schedule(dataclasses.replace(train, steps=1))[1])                  # it only grows
-        require(least >= replicate, f"--sync edit: a batch of {least} sequences cannot be shared out to {replicate} copies; raise --batch_tokens")
-        require(replicate > 1, f"--sync edit needs at least two copies that train on their own; {world} ranks with --replicate {replicate} are one")
+        require(least >= replicate,
+                f"--sync edit: a batch of {least} sequences cannot be shared out to {replicate} copies; raise --batch_tokens")
+        require(replicate > 1, "--sync edit needs at least two copies that train on their own; "
+                f"{world} ranks with --replicate {replicate} are one")
         inner = world // replicate                               # each copy is FSDP over its ranks
         require(inner % max(1, ep) == 0, f"--ep {ep} must divide the {inner} ranks of each of the {replicate} copies")
-        train, reasons = dataclasses.replace(train, replicate=replicate, ep=ep or 1), [f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}"]
+        train = dataclasses.replace(train, replicate=replicate, ep=ep or 1)
+        reasons = [f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}"]
         return train, counted(reasons, needs_of(train, config, counts, world, team.device.type == "cpu"))
     if not replicate:
         needs = {r: sum(memory_per_rank(config, counts, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
                  for r in (world, world // team.local_size, 1)}
         replicate = next((r for r in needs if needs[r] <= room), 1)
-        reasons.append(f"replicate {replicate}: training state of {needs[replicate] / 1e9:.2f} GB a rank, where half of memory is {room / 1e9:.0f} GB")
+        reasons.append(f"replicate {replicate}: training state of {needs[replicate] / 1e9:.2f} GB a rank, "
+                       f"where half of memory is {room / 1e9:.0f} GB")
     if not ep:
         # Gathering a layer's experts twice and reducing their gradients, 2 + 2 + 4 bytes each; against four trips of k rows a token.
         gather = 8 * 3 * E * config.hidden_size * config.moe_intermediate_size
@@ -689,7 +708,8 @@ def choose_layout(train, config, team, counts=None):
         reasons.append(f"ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
                        f"a layer sends {send / 1e6:.0f} MB of tokens, or gathers {gather / 1e6:.0f} MB of experts"))
     train = dataclasses.replace(train, replicate=replicate, ep=ep)
-    return train, counted([f"{world} ranks, --replicate {replicate} --ep {ep}", *reasons], needs_of(train, config, counts, world, team.device.type == "cpu"))
+    return train, counted([f"{world} ranks, --replicate {replicate} --ep {ep}", *reasons],
+                          needs_of(train, config, counts, world, team.device.type == "cpu"))
 
 
 def counted(reasons, needs):
@@ -700,8 +720,8 @@ def needs_of(train, config, counts, world, cpu):
     """memory_per_rank of a run whose layout is chosen."""
     edit = train.sync == "edit" and world > 1
     tokens = min(train.micro_batch_tokens, max(train.seq_len, train.batch_tokens // world))
-    needs = memory_per_rank(config, counts, *((world // train.replicate, 1) if edit else (world, train.replicate or 1)), train.ep or 1, tokens, train.recompute,
-                            4 if cpu else 2)
+    needs = memory_per_rank(config, counts, *((world // train.replicate, 1) if edit else (world, train.replicate or 1)),
+                            train.ep or 1, tokens, train.recompute, 4 if cpu else 2)
     if edit:
         needs["anchor, outer momentum, change"] = 3 * needs["weights"]
         needs["host copy for saving"] += needs["weights"]
@@ -721,15 +741,18 @@ def memory_per_rank(config, counts, world, replicate, ep, tokens=0, recompute="n
     held = dense * replicate / world + moe * expert_layer / (world if ep > 1 else world / replicate)
     block = (dense - head) / layers + (expert_layer / ep if moe else 0)
     q, kv, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.num_experts_per_tok
-    # numbers a token keeps: each norm's input and output; qkv, rotated q and k, the output of attention; pre-activations, routing, shared experts
+    # numbers a token keeps: each norm's input and output; qkv, rotated q and k, the output of attention; pre-activations, routing,
+    # shared experts
     attention = 2 * D + 3 * (q + kv) + 2 * c.num_attention_heads
     routed = 2 * D + (2 * k + 3 * c.num_shared_experts) * c.moe_intermediate_size + 2 * c.num_experts + 6 * k
     plain = (2 * D + 3 * I) * (layers > moe)
     inside = {"none": moe * routed + (layers - moe) * plain, "moe": moe * 2 * D + (layers - moe) * plain, "block": 0}[recompute]
     kept = inside + (layers * attention if recompute != "block" else layers * D) + 2 * D + c.num_nextn_predict_layers * 6 * D
-    again = {"none": 0, "moe": routed * (moe > 0), "block": attention + max(routed * (moe > 0), plain)}[recompute]     # of one block, while it is done again
+    # of one block, while it is done again
+    again = {"none": 0, "moe": routed * (moe > 0), "block": attention + max(routed * (moe > 0), plain)}[recompute]
     chunk = min(tokens * c.vocab_size * bytes_each, 16 << 20 if bytes_each == 4 else 4 << 30)
-    return {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held, "in flight": 2 * bytes_each * (2 * block + head) * (world > 1),
+    return {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held,
+            "in flight": 2 * bytes_each * (2 * block + head) * (world > 1),
             "activations": bytes_each * tokens * (kept + again) + chunk, "host copy for saving": 12 * held}
 
 
@@ -748,7 +771,8 @@ def parallelize(model, train, team):
     With --sync edit, each replica has two such meshes of its own.
 
     The loss is a sum over a rank's tokens divided by the count of all ranks' (section 9), so every gradient is a plain sum: the factor
-    that FSDP divides by is 1 everywhere, and no mesh has a scale of its own. (With FSDP's averages, experts come out ep times too large.)"""
+    that FSDP divides by is 1 everywhere, and no mesh has a scale of its own. (With FSDP's averages, experts come out ep times too
+    large.)"""
     device, copies = team.device.type, train.replicate // team.replicas
     mesh = lambda *names, sizes: init_device_mesh(device, (team.replicas, *sizes), mesh_dim_names=("across", *names))[names]
     dense = mesh("replicate", "shard", sizes=(copies, team.ranks // copies))
@@ -764,7 +788,7 @@ def parallelize(model, train, team):
             narrow = p.dim() == 3 and local(p).shape[0] < pieces and p.shape[1] % pieces == 0
             return Shard(1 if narrow else 0)
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False), shard_placement_fn=placement,
-                    reshard_after_forward=None if pieces > 1 else False)                     # None: all but the root, whose head comes first in backward
+                    reshard_after_forward=None if pieces > 1 else False)    # None: all but the root, whose head comes first in backward
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
 
@@ -796,11 +820,13 @@ def hold_gradients(model, whole, last):
 
 
 def grad_norm(model, team):
-    """L2 norm of the whole gradient (of this replica's), 0-d: the squares of what each rank holds over how many hold the same, and one sum."""
+    """L2 norm of the whole gradient (of this replica's), 0-d: the squares of what each rank holds over how many hold the same,
+    and one sum."""
     held = {}
     for p in model.parameters():
         if p.grad is not None:
-            copies = math.prod(p.device_mesh.size(i) for i, placement in enumerate(getattr(p, "placements", ())) if placement.is_replicate())
+            copies = math.prod(p.device_mesh.size(i) for i, placement in enumerate(getattr(p, "placements", ()))
+                               if placement.is_replicate())
             held.setdefault(copies, []).append(local(p.grad))
     squares = [torch.nn.utils.get_total_norm(grads).square() / copies for copies, grads in held.items()]
     return team.sum(torch.stack(squares).sum(), team.within).sqrt()
@@ -870,10 +896,12 @@ def training_state(model, optimizer, load, replica=0, outer=None):
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:                                                       # before the first step: as AdamW makes it
-                optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults["fused"] else "cpu"),
-                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults["fused"] else "cpu"),
+                    "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state[names[p]] = optimizer.state[p]
-    return {"model": model.state_dict(), f"replica{replica}" if replica else "optimizer": state, "load": load} | ({"outer": outer} if outer else {})
+    return ({"model": model.state_dict(), f"replica{replica}" if replica else "optimizer": state, "load": load} |
+            ({"outer": outer} if outer else {}))
 
 
 class Saver:
@@ -882,7 +910,7 @@ class Saver:
     def __init__(self, run, state, team, watch, keep):
         self.run, self.state, self.team, self.watch, self.keep = run, state, team, watch, keep
         self.staged = self.thread = self.error = self.saved = None
-        self.group = dist.new_group(backend="gloo") if team.size > 1 else None               # the thread's: training's would mix up messages
+        self.group = dist.new_group(backend="gloo") if team.size > 1 else None               # the thread's: training's would mix messages
 
     def save(self, step, about):
         """Copy the state (what training waits for), then write it in the background, with `about`, a dict for JSON."""
@@ -894,7 +922,7 @@ class Saver:
             for key, t in tree.items():
                 fill(t, staged[key]) if isinstance(t, dict) else local(staged[key]).copy_(local(t))
         fill(self.state, self.staged)
-        self.saved, self.error = None, f"cannot save a checkpoint of step {step} in {self.run} (its thread died)"      # until it says otherwise
+        self.saved, self.error = None, f"cannot save a checkpoint of step {step} in {self.run} (its thread died)"  # until it says otherwise
         self.thread = threading.Thread(target=self.write, args=(step, about))
         self.thread.start()
 
@@ -929,7 +957,8 @@ class Saver:
             if self.team.rank == 0:
                 check_metadata(temporary)                                                    # readable again, also on another torch
                 write_json(temporary / "state.json", {"step": step, "torch": torch.__version__, **about})
-            mine = [*temporary.glob(f"__{self.team.rank}_*"), *(temporary / name for name in (".metadata", "state.json") if self.team.rank == 0)]
+            mine = [*temporary.glob(f"__{self.team.rank}_*"),
+                    *(temporary / name for name in (".metadata", "state.json") if self.team.rank == 0)]
             sums = {path.name: [path.stat().st_size, file_crc(path)] for path in mine}       # each rank reads what it wrote
         except (OSError, dcp.api.CheckpointException, RuntimeError, BadInput) as error:
             causes = error.failures.values() if isinstance(error, dcp.api.CheckpointException) else [error]
@@ -954,8 +983,8 @@ class Saver:
         failure = self.team.gather(failure, self.group)[0]
         if failure and self.team.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.error = failure and (f"cannot save a checkpoint of step {step} in {self.run} ({failure}; {shutil.disk_usage(self.run).free / 1e6:.0f} MB "
-                                  "free); earlier ones are intact")
+        self.error = failure and (f"cannot save a checkpoint of step {step} in {self.run} ({failure}; "
+                                  f"{shutil.disk_usage(self.run).free / 1e6:.0f} MB free); earlier ones are intact")
         self.saved = None if failure else step
 
 
@@ -979,11 +1008,13 @@ class Spikes:
     The numbers judged are those of all ranks, so all ranks agree without a message."""
     WINDOW, LEAST = 128, 64                                      # accepted steps to compare with, and how many there must be
     LOSS, NORM = 0.01, 0.5                                       # least spread, in parts of the median: a norm doubles harmlessly
-    LOWER, WEIGHT = 0.8, 0.1     # of such a step's learning rate; of its returned samples' gradient, which Adam's moments would spread over later steps
+    # of such a step's learning rate; of its returned samples' gradient, which Adam's moments would spread over later steps
+    LOWER, WEIGHT = 0.8, 0.1
 
     def __init__(self, train, saved=None):
         self.train = train
-        # accepted: [loss, norm]; waiting: [sample, times skipped, step it returns in]; row: [step, first sample, last] of the spikes in a row
+        # accepted: [loss, norm]; waiting: [sample, times skipped, step it returns in];
+        # row: [step, first sample, last] of the spikes in a row
         self.accepted, self.waiting, self.row = saved or ([], [], [])
         self.events = []                                         # what was decided, for ledger.jsonl
 
@@ -1011,8 +1042,8 @@ class Spikes:
         return self.WEIGHT if self.stands_out(loss, 0, self.LOSS, share) else 1.0
 
     def judge(self, step, loss, norm, samples, returned=(), again=False, alone=False):
-        """-> what becomes of a step: "" and "narrow": it is done; "lower"; "skip". samples: numbers of the batch, whose mean loss is `loss`;
-        returned: entries of those that were skipped before, `again` whether these spike; norm: of the gradient of both.
+        """-> what becomes of a step: "" and "narrow": it is done; "lower"; "skip". samples: numbers of the batch, whose mean loss is
+        `loss`; returned: entries of those that were skipped before, `again` whether these spike; norm: of the gradient of both.
         alone: a replica between syncs, where a finite spike is left to the sync."""
         finite = math.isfinite(loss + norm)
         spike = not finite or not alone and (self.stands_out(loss, 0, self.LOSS) or self.stands_out(norm, 1, self.NORM))
@@ -1024,7 +1055,8 @@ class Spikes:
             self.row = [*self.row, [step + 1, min(samples, default=-1), max(samples, default=-1)]]
             verdict = "narrow" if finite and len(self.row) < self.train.spike_width else "skip"
         both, times = [*samples, *(k for k, *_ in returned)], {k: n for k, n, _ in returned}
-        event = {"step": step + 1, "verdict": verdict, "loss": loss if finite else None, "grad_norm": norm if finite else None, "samples": both}
+        event = {"step": step + 1, "verdict": verdict, "loss": loss if finite else None, "grad_norm": norm if finite else None,
+                 "samples": both}
         if verdict == "skip":
             left = max(1, self.train.steps - step - 1)
             back = [[k, n + 1, step + 1 + sequence_seed(self.train.seed, n, k) % left] for k in both for n in [times.get(k, 0)]]
@@ -1036,17 +1068,18 @@ class Spikes:
         """Why a row of spikes should stop the run, or None."""
         if len(row) > (self.train.spike_limit if self.train.spike_z else 0):
             (first, low, _), (last, _, high) = row[0], row[-1]
-            return (f"steps {first} to {last}, samples {low} to {high}: {len(row)} spikes in a row, see ledger.jsonl; the last checkpoint is intact: "
-                    f"look at these samples, lower --lr from {self.train.lr} and start over with --fresh, or raise --spike_limit from {self.train.spike_limit}")
+            return (f"steps {first} to {last}, samples {low} to {high}: {len(row)} spikes in a row, see ledger.jsonl; the last "
+                    f"checkpoint is intact: look at these samples, lower --lr from {self.train.lr} and start over with --fresh, "
+                    f"or raise --spike_limit from {self.train.spike_limit}")
         return None
 
 
 class EDiT:
     """Replicas that train on their own and are brought together now and then, layer by layer [EDiT] arXiv 2412.07210.
 
-    A replica's change of a layer is its pseudo-gradient; its norm decides: far above what it used to be (an EMA of mean and variance) or not
-    finite, and the replica is left out; the others are weighted by softmax(-norm). Their mean, clipped, is the gradient of an outer SGD
-    with Nesterov momentum. A layer's sum is waited for just before the layer is needed in the next forward pass.
+    A replica's change of a layer is its pseudo-gradient; its norm decides: far above what it used to be (an EMA of mean and variance) or
+    not finite, and the replica is left out; the others are weighted by softmax(-norm). Their mean, clipped, is the gradient of an outer
+    SGD with Nesterov momentum. A layer's sum is waited for just before the layer is needed in the next forward pass.
 
     Four rules are not in the paper. The loss is tested like a norm: a replica fed garbage makes steps of the usual size. A replica off in
     most layers is off in all: they adapt to each other. Where most replicas are off in some layer, all go back to where they started
@@ -1057,13 +1090,14 @@ class EDiT:
         blocks = [*model.layers, *model.mtp]
         inside = {p for block in blocks for p in block.parameters()}
         self.units = [[p for p in model.parameters() if p not in inside], *([*block.parameters()] for block in blocks)]
-        self.biases = {i: block.mlp.gate.expert_bias for i, block in enumerate(blocks, 1) if isinstance(block.mlp, MoE) and block.mlp.gate.expert_bias is not None}
+        self.biases = {i: block.mlp.gate.expert_bias for i, block in enumerate(blocks, 1)
+                       if isinstance(block.mlp, MoE) and block.mlp.gate.expert_bias is not None}
         self.momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         self.velocity = {p: local(self.momentum[name]) for name, p in model.named_parameters()}
         self.optimizer, self.train, self.team, self.trace, self.anchor, self.flying = optimizer, train, team, trace, {}, collections.deque()
         shape = (team.replicas, len(self.units) + 1)             # each layer's norm, and the loss
         self.mean, self.variance, self.seen = torch.zeros(3, *shape, dtype=torch.float64)
-        if saved and (history := torch.tensor(saved, dtype=torch.float64)).shape == (3, *shape):                # else their number has changed
+        if saved and (history := torch.tensor(saved, dtype=torch.float64)).shape == (3, *shape):    # else their number has changed
             self.mean, self.variance, self.seen = history
         self.arrive = torch.compiler.disable(self.arrive)        # not as a decorator: that would import the compiler at every start
         # Ahead of FSDP's own hooks, which gather a block's weights, and the next one's; on an accelerator they do so on a stream that waits
@@ -1098,7 +1132,7 @@ class EDiT:
     def judge(self, norms, loss, steps, lr, sick):
         """norms (replicas, layers) of the changes; of each replica, (replicas,), the round's mean loss, steps and mean learning rate, and
         whether it calls itself sick -> weights (replicas, layers), 1 in all for each layer; all 0: go back."""
-        z, T, pace = self.train.sync_z, self.train.sync_temperature, lr * steps ** 0.75      # norms grow so: measured on the toy, 1 to 32 steps
+        z, T, pace = self.train.sync_z, self.train.sync_temperature, lr * steps ** 0.75  # norms grow so: measured on the toy, 1 to 32 steps
         usual = torch.cat([norms / pace.clamp(min=1e-12).unsqueeze(1), loss.unsqueeze(1)], dim=1)               # (replicas, layers + 1)
         limit = self.mean + z * torch.maximum(self.variance.sqrt(), 0.1 * self.mean)
         bad = ~usual.isfinite() | sick.unsqueeze(1) | ((self.seen >= self.LEAST) & (usual > limit) & (z > 0))
@@ -1110,21 +1144,23 @@ class EDiT:
         if (bad.double().mean(0) > 0.5).any():
             self.seen.zero_()                                    # perhaps it is the past that is wrong
             return torch.zeros_like(norms)
-        score = -norms * (steps.mean() / steps).unsqueeze(1) / T if T else torch.zeros_like(norms)              # a slow replica's norm is small
+        score = -norms * (steps.mean() / steps).unsqueeze(1) / T if T else torch.zeros_like(norms)    # a slow replica's norm is small
         return torch.where(bad[:, :-1], -torch.inf, score).softmax(0)
 
     @torch.no_grad()
     def sync(self, report):
-        """End a round: launch the sums of all layers. report: what this rank has to say -> what each replica says, weights (replicas, layers)."""
+        """End a round: launch the sums of all layers.
+        report: what this rank has to say -> what each replica says, weights (replicas, layers)."""
         team, places = self.team, range(len(self.units))
         changes = [torch.cat([(self.anchor[p] - local(p)).flatten() for p in unit]) for unit in self.units]
         squares = torch.stack([change.square().sum() for change in changes]).tolist()        # SYNC
         told = team.gather({**report, "squares": squares})
-        norms = torch.tensor([each["squares"] for each in told], dtype=torch.float64).unflatten(0, (team.replicas, team.ranks)).sum(1).sqrt()
+        norms = torch.tensor([each["squares"] for each in told],
+                             dtype=torch.float64).unflatten(0, (team.replicas, team.ranks)).sum(1).sqrt()
         told = told[::team.ranks]
         tallies = [each["tally"] for each in told]
-        loss, steps, lr = torch.tensor([[t["ce"] / t["finite"] if t["finite"] else math.nan, t["steps"], t["lr"] / t["steps"]] for t in tallies],
-                                       dtype=torch.float64).T
+        loss, steps, lr = torch.tensor([[t["ce"] / t["finite"] if t["finite"] else math.nan, t["steps"], t["lr"] / t["steps"]]
+                                        for t in tallies], dtype=torch.float64).T
         weights = self.judge(norms, loss, steps, lr, torch.tensor([each["sick"] for each in told]))
         off = weights.sum(1) == 0
         share = (weights if weights.any() else torch.full_like(weights, 1 / team.replicas))[team.replica].tolist()
@@ -1132,7 +1168,7 @@ class EDiT:
             biases = team.sum(torch.stack([bias * share[i] for i, bias in self.biases.items()]), team.across)
             for bias, mean in zip(self.biases.values(), biases):
                 bias.copy_(mean)
-        for p in self.velocity if off.any() else ():                                         # moments first: behind the sums they would wait
+        for p in self.velocity if off.any() else ():             # moments first: behind the sums they would wait
             for t in self.optimizer.state[p].values():
                 healthy = torch.zeros_like(local(t)) if off.all() else local(t).clone()
                 dist.broadcast(healthy, int(off.long().argmin()) * team.ranks + team.rank % team.ranks, group=team.across)
@@ -1176,7 +1212,8 @@ class Trace:
         folder.mkdir(exist_ok=True)
         self.device, self.stem = team.device, folder / f"rank_{team.rank:05d}"
         self.file = open(self.stem.with_suffix(".jsonl"), "ab", buffering=0)
-        self.host, self.marks, self.seconds, self.steps, self.open, self.profiler = socket.gethostname(), collections.deque(), Counter(), 0, None, None
+        self.host, self.marks, self.seconds = socket.gethostname(), collections.deque(), Counter()
+        self.steps, self.open, self.profiler = 0, None, None
 
     def mark(self, phase):
         if self.profiler:
@@ -1226,8 +1263,9 @@ class Trace:
 WAITING = {"wait", "exchange", "reduce", "sync"}                # phases in which a rank waits for others: the slow one waits least
 ADVICE = {"data": "move the data to a local disk, or see what else that one does",
           "forward": "look for heat, another job or a bad card; replace the host, or let it do fewer steps: --sync edit --sync_seconds 60",
-          "wait": "see which rank takes longest before it", "exchange": "a smaller --ep keeps tokens within a node; 1 moves weights instead",
-          "reduce": "raise --batch_tokens", "sync": "raise --sync_every", "checkpoint": "raise --save_every", "evaluation": "raise --eval_every"}
+          "wait": "see which rank takes longest before it",
+          "exchange": "a smaller --ep keeps tokens within a node; 1 moves weights instead", "reduce": "raise --batch_tokens",
+          "sync": "raise --sync_every", "checkpoint": "raise --save_every", "evaluation": "raise --eval_every"}
 ADVICE |= {"backward": ADVICE["forward"], "optimizer": ADVICE["forward"]}
 
 
@@ -1240,7 +1278,8 @@ def report(run):
     spent = {rank: sum((Counter(record["seconds"]) for record in records), Counter()) for rank, records in traces.items()}
     host, middle = {rank: records[-1]["host"] for rank, records in traces.items()}, statistics.median
     per_step = lambda phase, ranks: middle(spent[rank][phase] / max(1, steps[rank]) for rank in ranks)           # seconds
-    share = {phase: middle(seconds[phase] / seconds.total() for seconds in spent.values()) for seconds in spent.values() for phase in seconds}
+    share = {phase: middle(seconds[phase] / seconds.total() for seconds in spent.values())
+             for seconds in spent.values() for phase in seconds}
     whole = middle(seconds.total() for seconds in spent.values())
     print(f"{run}: {len(traces)} ranks, {max(steps.values())} steps, {whole:.0f} s in training\n{'phase':12}{'share':>8}{'ms a step':>11}"
           + "   the slowest rank, over the others" * (len(traces) > 1))
@@ -1255,12 +1294,13 @@ def report(run):
     extra, rank, phase = max(late, default=(0, None, None))
     if extra * max(steps.values()) > 0.03 * whole:
         cost = extra * max(steps.values())
-        print(f"slowest: rank {rank} ({host[rank]}) in {phase}, {1e3 * extra:.0f} ms a step more than the others, who waited {cost:.1f} s for it, "
-              f"{cost / whole:.0%} of their time\nto try: {ADVICE[phase]}")
+        print(f"slowest: rank {rank} ({host[rank]}) in {phase}, {1e3 * extra:.0f} ms a step more than the others, who waited "
+              f"{cost:.1f} s for it, {cost / whole:.0%} of their time\nto try: {ADVICE[phase]}")
     else:
         phase = max(share.keys() - {"forward", "backward", "optimizer"}, key=share.get)
         print("no rank holds up the others" if len(traces) > 1 else "one rank: none waits for another", end="; ")
-        print(f"{share[phase]:.0%} of the time is {phase}; to try: {ADVICE[phase]}" if share[phase] > 0.1 else "what is not computing takes less than 10 % each")
+        print(f"{share[phase]:.0%} of the time is {phase}; to try: {ADVICE[phase]}" if share[phase] > 0.1 else
+              "what is not computing takes less than 10 % each")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1345,7 +1385,7 @@ DEVICES = {                      # peaks by data sheets. [Ling1]'s C is an A100 
     "H100": Device(989e12, 80e9, 3.99, source=LAMBDA), "H200": Device(989e12, 141e9, 4.45, source=AKASH),
     "B200": Device(2250e12, 180e9, 6.69, source=LAMBDA), "MI300X": Device(1307e12, 192e9, source="no price known here"),
 }
-REPORTED = {"ling-plus": (6.35e6, 5.08e6)}                       # RMB for 1T tokens [Ling1]: on D, and on a "lower-specification system" it does not name
+REPORTED = {"ling-plus": (6.35e6, 5.08e6)}    # RMB for 1T tokens [Ling1]: on D, and on a "lower-specification system" it does not name
 
 
 def this_device(team):
@@ -1358,7 +1398,8 @@ def this_device(team):
             times.append(time.perf_counter() - start)
         return Device(2 * 1024 ** 3 / min(times), team.memory)
     name = torch.cuda.get_device_name(team.device) if team.device.type == "cuda" else ""
-    known = (d for key, d in DEVICES.items() if len(key) > 1 and "MIG" not in name and all(re.search(rf"\b{part}\b", name) for part in key.split("-")))
+    known = (d for key, d in DEVICES.items()
+             if len(key) > 1 and "MIG" not in name and all(re.search(rf"\b{part}\b", name) for part in key.split("-")))
     return next(known, Device(None, team.memory))._replace(memory=team.memory)
 
 
@@ -1367,8 +1408,8 @@ def choose_devices(names):
     known, chosen, number = {key.lower(): key for key in DEVICES}, {}, r"(\d+(?:\.\d+)?)"
     for name in DEVICES if re.fullmatch(r"|all|(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?", names) else names.split(","):
         own = re.fullmatch(rf"(?!here=)(\w+)={number}/{number}/{number}", name)
-        require(own and float(own[2]) * float(own[3]) > 0 or name.lower() in known, f"--device {name}: a plan knows {', '.join(DEVICES)}; describe others as "
-                "NAME=TFLOPS/GB/PRICE, as in mine=989/141/2.5")
+        require(own and float(own[2]) * float(own[3]) > 0 or name.lower() in known, f"--device {name}: a plan knows {', '.join(DEVICES)}; "
+                "describe others as NAME=TFLOPS/GB/PRICE, as in mine=989/141/2.5")
         key = own[1] if own else known[name.lower()]
         chosen[key] = Device(float(own[2]) * 1e12, float(own[3]) * 1e9, float(own[4]), "", "yours") if own else DEVICES[key]
     return chosen
@@ -1389,8 +1430,8 @@ def resident(most=False, reset=False):
 
 
 def peak_memory(needs, train, base):
-    """Bytes at the worst moment, of memory_per_rank's components: on a CPU (base: what the process held before) the forward pass once a copy
-    for saving is staged; on an accelerator (None) without that copy."""
+    """Bytes at the worst moment, of memory_per_rank's components: on a CPU (base: what the process held before) the forward pass once a
+    copy for saving is staged; on an accelerator (None) without that copy."""
     staged, passing = needs["host copy for saving"], needs["gradients"] + needs["in flight"] + needs["activations"]
     state = sum(needs.values()) - staged - passing
     if base is None:
@@ -1406,8 +1447,8 @@ def forecast(train, config, team, base):
     device, cpu = this_device(team), team.device.type == "cpu"
     needs = needs_of(train, config, count_params(config), team.size, cpu)
     speed = device.peak and train.mfu * device.peak * team.size / flops_per_token(config, train.seq_len)
-    return {"memory": None if cpu and not base else peak_memory(needs, train, base if cpu else None), "tokens_per_s": speed, "peak": device.peak,
-            "price": device.price, "currency": device.currency}
+    return {"memory": None if cpu and not base else peak_memory(needs, train, base if cpu else None), "tokens_per_s": speed,
+            "peak": device.peak, "price": device.price, "currency": device.currency}
 
 
 def settle(run, train, config, team, promised, tokens, seconds):
@@ -1441,13 +1482,15 @@ def scaling_law(compute):
 
 
 def law_flops(config, seq_len):
-    """M of [SL]: FLOPs a token without embedding and head, attention uncut by causality. With it, C of Ling 2.0's models comes out as published."""
-    return 6 * count_params(config)["active_non_embedding"] + 12 * config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_dim
+    """M of [SL]: FLOPs a token without embedding and head, attention uncut by causality.
+    With it, C of Ling 2.0's models comes out as published."""
+    return (6 * count_params(config)["active_non_embedding"]
+            + 12 * config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_dim)
 
 
 def leverage(config, compute):
-    """[SL] efficiency leverage: how much more compute a dense model needs for the same loss. A^(a + d log10 C + g (log2 G)^2 + b log2 G) with
-    A the part of experts that is active, G = 2 D / F; the bases of the logarithms are inferred from the optimum the paper states."""
+    """[SL] efficiency leverage: how much more compute a dense model needs for the same loss. A^(a + d log10 C + g (log2 G)^2 + b log2 G)
+    with A the part of experts that is active, G = 2 D / F; the bases of the logarithms are inferred from the optimum the paper states."""
     active = (config.num_experts_per_tok + config.num_shared_experts) / (config.num_experts + config.num_shared_experts) + 0.0163
     G = math.log2(2 * config.hidden_size / config.moe_intermediate_size)
     return active ** (1.23 - 7.61e-2 * math.log10(compute) + 1.67e-2 * G ** 2 - 1.17e-1 * G)
@@ -1461,7 +1504,8 @@ def as_flags(fields):
     """{name: value} -> a command line."""
     for name, value in fields.items():
         yield "--" + "no-" * (value is False) + name
-        yield from [] if isinstance(value, bool) else map(str, value) if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        yield from ([] if isinstance(value, bool) else map(str, value) if isinstance(value, list) else
+                    [json.dumps(value) if isinstance(value, dict) else str(value)])
 
 
 def lever_of(config, compute):
@@ -1475,22 +1519,28 @@ def budget(train, config, given):
     lr, batch = scaling_law(C)
     rounded = max(1, round(batch / S)) * S
     kept = {name: value for name, value in given.items() if name not in ("budget", "plan", "tokens", "fresh", "out")}
-    print(f"C = {C:.4g} FLOPs, by the scaling laws of Ling, arXiv 2507.17702{extrapolated(C)}\n"
-          f"  learning rate  1.1576 C^-0.1529 = {lr:.4g}\n  batch size     0.0694 C^0.3644 = {batch:,.0f} tokens, {batch / S:,.1f} sequences of {S}\n"
-          f"  tokens         C / M = {short(C / M)}, M = {short(M, billion='G')}FLOP a token (6 N + 12 L s H d, no embedding)\n"
-          f"  leverage       {lever_of(config, C)}\n"
-          f"next: python train.py {shlex.join(as_flags({**kept, 'batch_tokens': rounded, 'lr': float(f'{lr:.4g}'), 'steps': max(1, math.ceil(C / M / rounded))}))}")
+    print(
+        f"C = {C:.4g} FLOPs, by the scaling laws of Ling, arXiv 2507.17702{extrapolated(C)}\n"
+        f"  learning rate  1.1576 C^-0.1529 = {lr:.4g}\n"
+        f"  batch size     0.0694 C^0.3644 = {batch:,.0f} tokens, {batch / S:,.1f} sequences of {S}\n"
+        f"  tokens         C / M = {short(C / M)}, M = {short(M, billion='G')}FLOP a token (6 N + 12 L s H d, no embedding)\n"
+        f"  leverage       {lever_of(config, C)}\n"
+        "next: python train.py "
+        f"{shlex.join(as_flags({**kept, 'batch_tokens': rounded, 'lr': float(f'{lr:.4g}'), 'steps': max(1, math.ceil(C / M / rounded))}))}")
 
 
 def smallest(train, config, counts, device, cpu, choices, base):
     """The first number of ranks, then the least recomputation, that leave a tenth of a device's memory free, or the last that was tried
-    -> TrainConfig, ranks, {recompute: needs_of}, bytes at most. Raises BadInput if no number of ranks can be laid out. base: as in peak_memory."""
+    -> TrainConfig, ranks, {recompute: needs_of}, bytes at most. Raises BadInput if no number of ranks can be laid out.
+    base: as in peak_memory."""
     found = error = None
     for ranks, how in product(choices, RECOMPUTE[RECOMPUTE.index(train.recompute):]):
-        team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory, device=torch.device("cpu" if cpu else "cuda"))
+        team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory,
+                                     device=torch.device("cpu" if cpu else "cuda"))
         try:
             require(ranks > 1 or len(choices) == 1 or train.sync == "step", "--sync edit needs several ranks")
-            layout = choose_layout(train, config, team, counts)[0] if ranks > 1 else dataclasses.replace(train, replicate=1, ep=1, sync="step")
+            layout = (choose_layout(train, config, team, counts)[0] if ranks > 1 else
+                      dataclasses.replace(train, replicate=1, ep=1, sync="step"))
         except BadInput as reason:
             error = reason
             continue
@@ -1513,7 +1563,8 @@ def tokens_of(train):
 def plan(train, config, base, reported=None):
     """Print what training this would take. Nothing is allocated but, for this machine's speed, two small matrices. base: as in peak_memory;
     reported: what the report paid for 1T tokens."""
-    table, counts, S, tokens, devices = components(config, train.seq_len), count_params(config), train.seq_len, tokens_of(train), choose_devices(train.device)
+    table, counts, S = components(config, train.seq_len), count_params(config), train.seq_len
+    tokens, devices = tokens_of(train), choose_devices(train.device)
     flops, mtp = sum(row.flops for row in table.values()), "mtp" in table
     columns(["component", "parameters", "active", "FLOPs a token"], [
         *([name, *(f"{n:,}" for n in row)] for name, row in sorted(table.items(), key=lambda entry: -entry[1].flops)),
@@ -1522,8 +1573,9 @@ def plan(train, config, base, reported=None):
     C, kv = law_flops(config, S) * tokens, 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     lr, batch = scaling_law(C)
     print(f"\n{short(tokens)} tokens in sequences of {S}: {flops * tokens:.3g} FLOPs\n"
-          f"by scaling law: batches of {batch / S:,.0f} sequences ({short(batch)} tokens), learning rate {lr:.3g}{extrapolated(C)}\nlever by that law: {lever_of(config, C)}\n"
-          f"sampling: {short(kv)}B of keys and values a token in bf16, {short(kv * config.max_position_embeddings, billion='G')}B for {config.max_position_embeddings:,}")
+          f"by scaling law: batches of {batch / S:,.0f} sequences ({short(batch)} tokens), learning rate {lr:.3g}{extrapolated(C)}\n"
+          f"lever by that law: {lever_of(config, C)}\nsampling: {short(kv)}B of keys and values a token in bf16, "
+          f"{short(kv * config.max_position_embeddings, billion='G')}B for {config.max_position_embeddings:,}")
 
     here, memory, money = Team(""), [], []
     on_cpu = here.device.type == "cpu"
@@ -1531,24 +1583,28 @@ def plan(train, config, base, reported=None):
         cpu, choices = on_cpu and name == "here", [1] if name == "here" else [train.ranks] if train.ranks else [1 << i for i in range(13)]
         layout, ranks, needs, most = smallest(train, config, counts, device, cpu, choices, (base or 0) if cpu else None)
         gb = lambda kind, way=layout.recompute: f"{needs[way][kind] / 1e9:.3g}"
-        memory.append([name, ranks, layout.replicate, layout.ep, layout.recompute, *map(gb, ("weights", "gradients", "optimizer", "in flight")),
-                       *(gb("activations", way) for way in RECOMPUTE), f"{most / 1e9:.3g}", f"{device.memory / 1e9:.0f}" + " (too little)" * (most > 0.9 * device.memory)])
+        memory.append([name, ranks, layout.replicate, layout.ep, layout.recompute,
+                       *map(gb, ("weights", "gradients", "optimizer", "in flight")), *(gb("activations", way) for way in RECOMPUTE),
+                       f"{most / 1e9:.3g}", f"{device.memory / 1e9:.0f}" + " (too little)" * (most > 0.9 * device.memory)])
         hours, cost = price(flops * tokens, train.mfu, device)
         busy = min(ranks, train.batch_tokens // S)               # more ranks than sequences in a batch have nothing to do
-        money.append([name, device.peak and f"{device.peak / 1e12:.3g}", hours and short(tokens / hours / 3600), hours and short(hours), hours and f"{short(hours / busy)} on {busy}",
-                      device.price and f"{device.price:g} {device.currency}", cost and f"{short(cost)} {device.currency}", device.source])
+        money.append([name, device.peak and f"{device.peak / 1e12:.3g}", hours and short(tokens / hours / 3600), hours and short(hours),
+                      hours and f"{short(hours / busy)} on {busy}", device.price and f"{device.price:g} {device.currency}",
+                      cost and f"{short(cost)} {device.currency}", device.source])
     print(f"\nGB a rank, micro-batches of {train.micro_batch_tokens} tokens; none, moe, block: activations by --recompute"
           + "; the sum here has the process and the copy for saving in it" * on_cpu)
-    columns(["device", "ranks", "replicate", "ep", "recompute", "weights", "gradients", "moments", "in flight", *RECOMPUTE, "sum", "has"], memory)
+    columns(["device", "ranks", "replicate", "ep", "recompute", "weights", "gradients", "moments", "in flight", *RECOMPUTE,
+             "sum", "has"], memory)
     print(f"\nat --mfu {train.mfu} of the peak")
     columns(["device", "TFLOP/s", "tokens/s each", "device-hours", "hours", "price an hour", "cost", "price by"], money)
 
     if reported:
         costs = [rmb * tokens / 1e12 for rmb in reported]
         mean = lambda device, cost: (f"{short(cost)} RMB", short(cost / device.price), f"{price(flops * tokens, 1, device)[1] / cost:.1%}")
-        print(f"\nThe report paid {short(costs[0])} RMB for so many tokens on D, and {short(costs[1])} ({costs[1] / costs[0] - 1:+.1%}) on a \"lower-specification system\" it does not "
-              "name, nor the MFU of either. What each would mean:")
-        columns(["device", *["cost", "device-hours", "MFU"] * 2], [[name, *mean(d, costs[0]), *mean(d, costs[1])] for name, d in DEVICES.items() if d.currency == "RMB"])
+        print(f"\nThe report paid {short(costs[0])} RMB for so many tokens on D, and {short(costs[1])} ({costs[1] / costs[0] - 1:+.1%}) "
+              "on a \"lower-specification system\" it does not name, nor the MFU of either. What each would mean:")
+        columns(["device", *["cost", "device-hours", "MFU"] * 2],
+                [[name, *mean(d, costs[0]), *mean(d, costs[1])] for name, d in DEVICES.items() if d.currency == "RMB"])
 
 
 def columns(heads, rows):
@@ -1618,7 +1674,7 @@ def draw(run):
 def draw_loss(run, steps, scores, events):
     """Against tokens and time, with what the ledger says of spikes."""
     tokens, loss = np.array([r["tokens"] for r in steps]), np.array([r["ce"] for r in steps])
-    minutes = np.cumsum(np.diff(tokens, prepend=0) / np.array([r["tokens_per_s"] for r in steps])) / 60         # of training; no evaluation, no pause
+    minutes = np.cumsum(np.diff(tokens, prepend=0) / np.array([r["tokens_per_s"] for r in steps])) / 60    # no evaluation, no pause
     at, width = {r["step"]: i for i, r in enumerate(steps)}, max(1, len(loss) // 50)
     smooth = np.convolve(loss, np.ones(width) / width, "valid")                              # mean of the last so many steps
     places = lambda records, key: [at[r[key]] for r in records if r[key] in at]
@@ -1642,7 +1698,8 @@ def draw_load(run, loads):
     load *= load.shape[2] / np.maximum(1, load.sum(2, keepdims=True))
     figure, axes = pyplot((9, 1.2 + 1.1 * load.shape[1]), down=load.shape[1])
     for i, axis in enumerate(axes[:, 0]):
-        image = axis.pcolormesh([0, *(r["step"] for r in loads)], np.arange(load.shape[2] + 1) - 0.5, load[:, i].T, cmap="RdBu_r", vmin=0, vmax=2)
+        image = axis.pcolormesh([0, *(r["step"] for r in loads)], np.arange(load.shape[2] + 1) - 0.5, load[:, i].T,
+                                cmap="RdBu_r", vmin=0, vmax=2)
         axis.set(ylabel=f"MoE layer {i}\nexpert", xlabel="step" if i == load.shape[1] - 1 else None)
     figure.colorbar(image, ax=axes, label="load over the mean")
     save_picture(figure, run / "load.png")
@@ -1676,16 +1733,18 @@ def train_all(root, jobs):
     """Train {name: flags} into root/name, each by a process of its own: on a CPU as many at once as there are cores, with a thread each;
     on an accelerator one after the other. What is finished is kept, what was stopped goes on. -> {name: records of its metrics.jsonl}"""
     cpu, start, alive = pick_device("").type == "cpu", time.monotonic(), {}
-    environment = {**os.environ, "LING_PARENT": str(os.getpid()), **({"OMP_NUM_THREADS": "1"} if cpu else {})}     # when we are gone they save and stop
+    environment = {**os.environ, "LING_PARENT": str(os.getpid()),                            # when we are gone they save and stop
+                   **({"OMP_NUM_THREADS": "1"} if cpu else {})}
     root.mkdir(parents=True, exist_ok=True)
 
     def work(name):
         run, log = root / name, root / f"{name}.log"
         with open(log, "wb") as output:
-            alive[name] = subprocess.Popen([sys.executable, __file__, "--out", str(run), "--keep", "1", *jobs[name]], stdin=subprocess.DEVNULL, stdout=output,
-                                           stderr=output, env=environment)
+            alive[name] = subprocess.Popen([sys.executable, __file__, "--out", str(run), "--keep", "1", *jobs[name]],
+                                           stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         code, records = alive[name].wait(), [*read_log(run / "metrics.jsonl")]
-        require(code == 0, f"{run} failed, see {log}: {' '.join(log.read_text(errors='replace').splitlines()[-1:])}; mend it and run the same command again")
+        require(code == 0, f"{run} failed, see {log}: {' '.join(log.read_text(errors='replace').splitlines()[-1:])}; "
+                "mend it and run the same command again")
         require(records and "val_bpb" in records[-1], f"{run} was stopped; the same command goes on")
         print(f"{(time.monotonic() - start) / 60:6.1f} min  {name}: {records[-1]['val_bpb']:.4f} bits per byte", flush=True)
         return records
@@ -1725,8 +1784,9 @@ def study(train, given_train, given_model):
 
 
 def lever(root, train, toy, flags):
-    """MoE and dense models of equal FLOPs a token, over budgets from an eighth of --budget (1,000 of the toy's steps) up. Width goes with the fourth root of
-    the budget, so that tokens and active parameters grow alike; batch and learning rate go from the toy's by the exponents of [SL]."""
+    """MoE and dense models of equal FLOPs a token, over budgets from an eighth of --budget (1,000 of the toy's steps) up. Width goes with
+    the fourth root of the budget, so that tokens and active parameters grow alike; batch and learning rate go from the toy's by the
+    exponents of [SL]."""
     jobs, rows = {}, []
     top = train.budget or flops_per_token(LingConfig(**toy), train.seq_len) * 1000 * 4096
     for part, seed, dense in product((1, 1 / 2, 1 / 4, 1 / 8), range(SEEDS), (False, True)):
@@ -1735,10 +1795,11 @@ def lever(root, train, toy, flags):
         cost = batch * flops_per_token(LingConfig(**(dense_twin(toy | shape) if dense else toy | shape)), train.seq_len)
         steps = max(1, round(top * part / cost))
         name = f"{'dense' if dense else 'moe'}-{top * part:.2e}-seed{seed}"
-        jobs[name] = flags(**shape, dense=dense, seed=seed, batch_tokens=batch, micro_batch_tokens=batch, steps=steps, lr=2.5e-3 * part ** -0.1529, eval_every=0)
+        jobs[name] = flags(**shape, dense=dense, seed=seed, batch_tokens=batch, micro_batch_tokens=batch, steps=steps,
+                           lr=2.5e-3 * part ** -0.1529, eval_every=0)
         rows.append([dense, part, steps * cost])
     print(f"lever: {len(jobs)} runs, {sum(row[2] for row in rows):.2g} FLOPs in all, into {root}", flush=True)
-    rows = [(*row, records[-1]["val_bpb"]) for row, records in zip(rows, train_all(root, jobs).values())]      # dense, part, FLOPs, bits per byte
+    rows = [(*row, records[-1]["val_bpb"]) for row, records in zip(rows, train_all(root, jobs).values())]    # dense, part, FLOPs, bpb
     parts = sorted({part for _, part, *_ in rows})
     budgets = top * np.array(parts)
     of = lambda dense, rows=rows: np.array([(C, bpb) for d, _, C, bpb in rows if d == dense]).T
@@ -1754,24 +1815,29 @@ def lever(root, train, toy, flags):
     law = [leverage(LingConfig(**toy), C) for C in budgets]
     seeds = lambda dense, part: [bpb for d, p, _, bpb in rows if (d, p) == (dense, part)]
     columns(["FLOPs", f"MoE, bits per byte of {SEEDS} seeds", "dense", "lever", "90 % of bootstraps", "by the law, extrapolated"], [
-        [f"{C:.2e}", *(f"{statistics.mean(values):.4f} ({min(values):.3f} to {max(values):.3f})" for values in (seeds(False, part), seeds(True, part))),
+        [f"{C:.2e}", *(f"{statistics.mean(values):.4f} ({min(values):.3f} to {max(values):.3f})"
+                       for values in (seeds(False, part), seeds(True, part))),
          f"{best[i]:.2f}", f"{low[i]:.2f} to {high[i]:.2f}", f"{law[i]:.2f}"] for i, (part, C) in enumerate(zip(parts, budgets))])
-    write_json(root / "lever.json", {"budgets": budgets.tolist(), "lever": best.tolist(), "low": low.tolist(), "high": high.tolist(), "runs": dict(zip(jobs, rows))})
+    write_json(root / "lever.json", {"budgets": budgets.tolist(), "lever": best.tolist(), "low": low.tolist(), "high": high.tolist(),
+                                     "runs": dict(zip(jobs, rows))})
 
     def show(path):
         figure, ((left, right),) = pyplot((9, 3.6), across=2)
         for dense, color in ((False, "C0"), (True, "C1")):
             left.plot(*of(dense), "o", color=color, label="dense" if dense else "MoE", ms=4)
             left.plot(budgets, np.exp(np.polyval(fit(dense, rows), np.log(budgets))), color=color)
-        left.set(xscale="log", xlabel="FLOPs", ylabel="held-out bits per byte", title="equal FLOPs a token", xticks=budgets, xticklabels=[f"{C:.1e}" for C in budgets])
+        left.set(xscale="log", xlabel="FLOPs", ylabel="held-out bits per byte", title="equal FLOPs a token",
+                 xticks=budgets, xticklabels=[f"{C:.1e}" for C in budgets])
         left.minorticks_off()
         left.legend()
         C = np.geomspace(1e12, 1e24, 50)
         right.errorbar(budgets, best, (np.maximum(0, best - low), np.maximum(0, high - best)), fmt="o", ms=4, label="measured here")
         right.plot([1e21, 1e24], [3, 3.5], "s", label="Ling 1's report: about 3, above 3.5")
         for preset, style in (("toy", ":"), ("ling-mini-2.0", "--")):
-            right.plot(C, [leverage(LingConfig(**PRESETS[preset]), x) for x in C], style, color="gray", label=f"law of 2507.17702, {preset}")
-        right.set(xscale="log", yscale="log", xlabel="FLOPs", title="lever: compute of dense over MoE, equal loss", yticks=[1, 2, 4, 8], yticklabels=[1, 2, 4, 8])
+            right.plot(C, [leverage(LingConfig(**PRESETS[preset]), x) for x in C], style, color="gray",
+                       label=f"law of 2507.17702, {preset}")
+        right.set(xscale="log", yscale="log", xlabel="FLOPs", title="lever: compute of dense over MoE, equal loss",
+                  yticks=[1, 2, 4, 8], yticklabels=[1, 2, 4, 8])
         right.legend(fontsize=7)
         save_picture(figure, path)
     return show
@@ -1779,13 +1845,15 @@ def lever(root, train, toy, flags):
 
 SOFTMAX = dict(score_function="softmax", moe_router_enable_expert_bias=False, router_aux_loss_coef=0.03, router_z_loss_coef=1e-4)
 ROUTERS = {                      # the toy, but for its router
-    "sigmoid, never balanced": dict(moe_router_enable_expert_bias=False), "sigmoid, bias (Ling 2)": {}, "sigmoid, bias, 2 of 4 groups": dict(n_group=4, topk_group=2),
+    "sigmoid, never balanced": dict(moe_router_enable_expert_bias=False), "sigmoid, bias (Ling 2)": {},
+    "sigmoid, bias, 2 of 4 groups": dict(n_group=4, topk_group=2),
     "softmax, balance loss": SOFTMAX, "softmax, balance loss, warm-up (Ling 1)": SOFTMAX | dict(router_warmup_steps=75)}
 
 
 def routers(root, train, toy, flags):
     """The toy with other routers: held-out loss, the worst layer's load over time, time a step."""
-    jobs = {f"{'-'.join(re.findall('[a-z0-9]+', label.lower()))}-{train.steps}-seed{seed}": flags(**router, seed=seed, steps=train.steps, eval_every=0)
+    jobs = {f"{'-'.join(re.findall('[a-z0-9]+', label.lower()))}-{train.steps}-seed{seed}":
+            flags(**router, seed=seed, steps=train.steps, eval_every=0)
             for label, router in ROUTERS.items() for seed in range(SEEDS)}
     results, table, curves = [*train_all(root, jobs).values()], [], {}
     for i, label in enumerate(ROUTERS):
@@ -1794,8 +1862,8 @@ def routers(root, train, toy, flags):
         curve = curves[label] = np.mean([[r["imbalance"] for r in run] for run in steps], axis=0)
         tenth = max(1, len(curve) // 10)
         ms = statistics.median(1e3 * (b["tokens"] - a["tokens"]) / b["tokens_per_s"] for run in steps for a, b in pairwise(run))
-        table.append([label, f"{statistics.mean(bpb):.4f} ({min(bpb):.3f} to {max(bpb):.3f})", *(f"{part.mean():.2f}" for part in (curve[:tenth], curve[tenth:-tenth], curve[-tenth:])),
-                      f"{ms:.0f}"])
+        table.append([label, f"{statistics.mean(bpb):.4f} ({min(bpb):.3f} to {max(bpb):.3f})",
+                      *(f"{part.mean():.2f}" for part in (curve[:tenth], curve[tenth:-tenth], curve[-tenth:])), f"{ms:.0f}"])
     columns(["router", f"bits per byte of {SEEDS} seeds", "load, first tenth", "between", "last tenth", "ms a step"], table)
 
     def show(path):
@@ -1848,13 +1916,15 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     spikes = Spikes(train, saved[team.replica] if apart else saved and [saved[0][0], sum((each[1] for each in saved), []), saved[0][2]])
     ahead = about["ahead"][team.replica] if apart else 0
     if any(lost := about.get("ahead", [])) and not apart:
-        warnings.warn(f"the {len(lost)} copies were {lost} steps ahead of step {step}; those ahead see these samples again, and some are not seen", stacklevel=2)
+        warnings.warn(f"the {len(lost)} copies were {lost} steps ahead of step {step}; those ahead see these samples again, "
+                      "and some are not seen", stacklevel=2)
     params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), promised["peak"] if device.type != "cpu" else None
     rows = train.micro_batch_tokens // train.seq_len
     # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
     tokens_total = int(first_sample[-1]) * train.seq_len
-    print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; {flops / 1e6:.1f} MFLOP per token\n"
+    print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; "
+          f"{flops / 1e6:.1f} MFLOP per token\n"
           f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out; "
           f"vocabulary {tokenizer.size}\n" + (f"layout: {layout}\n" if team.size > 1 else "") +
           f"run: {run}, {train.steps} steps of {train.batch_tokens} tokens ({tokens_total / 1e6:.2f}M), on {device}, "
@@ -1862,11 +1932,11 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     stop = {}                                                                                # signal -> when it came
 
     def on_signal(number, frame):
-        if stop and time.monotonic() - min(stop.values()) > 3:                               # again, by someone out of patience; torchrun
-            os._exit(128 + number)                                                           # repeats a Ctrl-C at once, meaning nothing by it
+        if stop and time.monotonic() - min(stop.values()) > 3:   # again, by someone out of patience; torchrun
+            os._exit(128 + number)                               # repeats a Ctrl-C at once, meaning nothing by it
         stop.setdefault(number, time.monotonic())
-    signals = {number: signal.signal(number, on_signal) for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"))
-               if number is not None}
+    signals = {number: signal.signal(number, on_signal)
+               for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")) if number is not None}
     metrics, status = open(run / "metrics.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0), Status()
     board = tensorboard()(run / "tensorboard") if train.tensorboard and team.rank == 0 else None
 
@@ -1884,8 +1954,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     round_start, told = time.perf_counter(), None
     began, tokens_before = round_start, tokens_done
     tally, round_load, before = Counter(), torch.zeros_like(load), step
-    describe = lambda: {"tokens": tokens_done, "spikes": [each["spikes"] for each in told], "ahead": [each["cursor"] - step for each in told]} | (
-        {"edit": edit.state()} if edit else {})
+    describe = lambda: {"tokens": tokens_done, "spikes": [each["spikes"] for each in told],
+                        "ahead": [each["cursor"] - step for each in told]} | ({"edit": edit.state()} if edit else {})
     while step < train.steps and not stopping:
         start = time.perf_counter()
         watch.at(step + 1, "data")
@@ -1893,7 +1963,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         # 1. learning rate and batch size; this rank's sequences, an equal number on each, at the end filled up with ignored ones
         lr = lr_at(step, train)
         alpha = min(1.0, step / config.router_warmup_steps) if config.router_warmup_steps else 1.0
-        alone = edit is not None and step >= train.sync_warmup                               # this replica takes its own steps, on its part of the batch
+        alone = edit is not None and step >= train.sync_warmup   # this replica takes its own steps, on its part of the batch
         if alone and not apart:
             spikes.waiting, apart = spikes.waiting[team.replica::team.replicas], True
         if alone and not edit.anchor:
@@ -1925,10 +1995,11 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             seeds = [sequence_seed(train.seed, step, k) for k in mine[part]]
             watch.at(step + 1, "forward")
             with autocast():
-                out = model(tokens[part], targets[part], counts=counts, fractions=fractions, warmup=None if alpha == 1 else Warmup(alpha, seeds))
+                out = model(tokens[part], targets[part], counts=counts, fractions=fractions,
+                            warmup=None if alpha == 1 else Warmup(alpha, seeds))
             if part.start >= returned_from:
                 watch.at(step + 1, "wait")
-                nats, n = team.sum(torch.stack([out.parts["ce"].detach() * counts[0], (targets[part] >= 0).sum()]), group).tolist()      # SYNC
+                nats, n = team.sum(torch.stack([out.parts["ce"].detach() * counts[0], (targets[part] >= 0).sum()]), group).tolist()   # SYNC
                 nats_again, n_again = nats_again + nats, n_again + n
                 weight = min(weight, spikes.weight(nats / max(1.0, n), max(1.0, n) / int(n_all)))
             watch.at(step + 1, "backward")
@@ -1981,8 +2052,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         seconds_mean = seconds if seconds_mean is None else 0.95 * seconds_mean + 0.05 * seconds
         eta = (train.steps - step) * seconds_mean
         uneven = uneven_load(load_now)
-        status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  {n * team.size / ranks / seconds_mean:,.0f} tok/s  "
-                      f"left {int(eta) // 60}:{int(eta) % 60:02d}" +
+        status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  "
+                      f"{n * team.size / ranks / seconds_mean:,.0f} tok/s  left {int(eta) // 60}:{int(eta) % 60:02d}" +
                       (f"  load {strip(load_now[uneven.argmax()])} {float(uneven.max()):.2f}" if len(load) else ""))
         told, weights = [{"tally": tally, "spikes": spikes.state(), "events": spikes.events, "cursor": step + ahead, "asked": stopping,
                           "sick": 2 * tally["skipped"] > tally["steps"], "at": watch.count}], None
@@ -1999,7 +2070,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         step, stopping = sum(each["cursor"] for each in told) // len(told), any(each["asked"] for each in told)
         ahead = told[team.replica if alone else 0]["cursor"] - step
         tokens_done, speed = tokens_done + totals["tokens"], totals["seen"] / (time.perf_counter() - round_start)
-        log({"step": step, "tokens": tokens_done, **{key: totals[key] / totals["finite"] if totals["finite"] else None for key in (*parts, "grad_norm")},
+        log({"step": step, "tokens": tokens_done,
+             **{key: totals[key] / totals["finite"] if totals["finite"] else None for key in (*parts, "grad_norm")},
              "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": speed, "mfu": speed * flops / (peak * team.size) if peak else None,
              "imbalance": float(uneven_load(round_load).max()), "skipped": totals["skipped"]} |
             ({"load": round_load.tolist()} if len(load) and (step >= train.steps or crossed(max(1, train.steps // 100))) else {}) |
@@ -2046,7 +2118,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         return 0
     if team.size == 1:                                           # a sharded model would gather all its weights for every token
         prompt = "" if train.data else "def read"
-        text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.8, min_p=0.05, stop_ids=(tokenizer.end,))
+        text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.8, min_p=0.05,
+                       stop_ids=(tokenizer.end,))
         print(f"\nsample, after {prompt!r}:\n{prompt}{text}\n")
     finished(run, step)
     return 0
@@ -2054,13 +2127,15 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
 
 @torch.no_grad()
 def export(run, train, config, team, resumed):
-    """Write the newest checkpoint in the released format, or the mean of the last --merge ones, and say what that did to the held-out loss."""
+    """Write the newest checkpoint in the released format, or the mean of the last --merge ones, and say what that did to the
+    held-out loss."""
     model, tokenizer, out = build(train, config, team, resumed), load_tokenizer(str(run)), train.export or f"{run}-merged"
     state = {"model": model.state_dict()}
     load_checkpoint(resumed, state)
     if train.merge:
         folders, data = [f for f in sorted(run.glob("step_*")) if f <= resumed][-train.merge:], Data(read_data(run, train, config), train)
-        require(len(folders) == train.merge, f"--merge {train.merge}: {run} has {len(folders)} good checkpoints; train with --keep {train.merge} and --decay 0")
+        require(len(folders) == train.merge, f"--merge {train.merge}: {run} has {len(folders)} good checkpoints; "
+                f"train with --keep {train.merge} and --decay 0")
         for folder in folders:
             require(not (damage := checkpoint_damage(folder)), f"--merge {train.merge}: {folder} is damaged ({damage}); merge fewer")
         sizes = token_sizes(tokenizer, config, team.device)
@@ -2072,7 +2147,8 @@ def export(run, train, config, team, resumed):
                 total.add_(local(t), alpha=weight)
         for total, t in zip(mean, state["model"].values()):
             local(t).copy_(total)
-        print(f"held-out bits per byte: {last:.4f} of the last checkpoint, {score():.4f} of the mean of {train.merge}, {folders[0].name} to {folders[-1].name}")
+        print(f"held-out bits per byte: {last:.4f} of the last checkpoint, {score():.4f} of the mean of {train.merge}, "
+              f"{folders[0].name} to {folders[-1].name}")
     model.save_pretrained(out)
     if tokenizer.file and team.rank == 0:
         write_beside(Path(out) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
@@ -2110,8 +2186,8 @@ def start_run(run, train, config, given_model, continues, replicas):
     # fp32 weights and two moments; with --sync edit moments of each replica, and the outer momentum
     size = (12 if replicas == 1 else 8 + 8 * replicas) * sum(count_params(config)[kind] for kind in ("total", "mtp"))
     room = shutil.disk_usage(next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())).free
-    require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more than the {room / 1e9:.2f} GB free; "
-            "make room, lower --keep, or choose another --out")
+    require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more "
+            f"than the {room / 1e9:.2f} GB free; make room, lower --keep, or choose another --out")
     run.mkdir(parents=True, exist_ok=True)
     for leftover in [*run.glob("tokenizer.*"), *(run / "data").glob("*")]:                   # of a start that was killed
         leftover.unlink()
@@ -2119,18 +2195,21 @@ def start_run(run, train, config, given_model, continues, replicas):
         write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
     if not shards:
         write_data(run, arrays)
-    write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__, "train_tokens": sum(map(len, arrays["train"]))})
+    write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__,
+                                    "train_tokens": sum(map(len, arrays["train"]))})
     write_json(run / "config.json", config.to_dict())                                        # last: its presence makes this a run
 
 
 def look_ahead(given_train, given_model, base):
-    """--plan and --budget: of a run that is there and named, or of a new one. A release is planned as it was trained: 4K, 1T tokens or more."""
+    """--plan and --budget: of a run that is there and named, or of a new one.
+    A release is planned as it was trained: 4K, 1T tokens or more."""
     preset, new = given_train.get("preset", "toy"), not (Path(given_train.get("out", "/")) / "config.json").exists()
     given = dict(given_train)
     if new:
         given = {"fresh": True, **({"seq_len": 4096} if "vocab_size" in PRESETS[preset] else {}), **given}
         S = max(1, given.get("seq_len", TrainConfig.seq_len))
-        given = {"batch_tokens": max(S, TrainConfig.batch_tokens // S * S), "micro_batch_tokens": max(S, TrainConfig.micro_batch_tokens), **given}
+        given = {"batch_tokens": max(S, TrainConfig.batch_tokens // S * S),
+                 "micro_batch_tokens": max(S, TrainConfig.micro_batch_tokens), **given}
     _, train, config, _ = resolve(given, given_model)
     if new:
         config = with_vocabulary(train, config, given_model)
@@ -2138,7 +2217,8 @@ def look_ahead(given_train, given_model, base):
         return budget(train, config, given_train | given_model | {"seq_len": train.seq_len})
     if new and "vocab_size" in PRESETS[preset] and "steps" not in given and not train.init:
         tokens = given.get("tokens", 1e12)
-        batch = given_train.get("batch_tokens") or round(scaling_law(law_flops(config, train.seq_len) * tokens)[1] / train.seq_len) * train.seq_len
+        batch = (given_train.get("batch_tokens") or
+                 round(scaling_law(law_flops(config, train.seq_len) * tokens)[1] / train.seq_len) * train.seq_len)
         train = dataclasses.replace(train, batch_tokens=max(batch, train.seq_len), tokens=tokens)
     plan(train, config, base, None if given_model.keys() - {"head_dim"} or train.init or train.dense else REPORTED.get(train.preset))
 
@@ -2161,8 +2241,9 @@ def main(argv=None):
         tensorboard()                                            # raises before anything is written
     if train.export or train.merge:
         train = dataclasses.replace(train, sync="step")
-    team, layout, asked = Team(train.device), "", train          # what was asked for is what a run keeps: another number of ranks fills it in anew
-    require(team.size > 1 or train.sync == "step", "--sync edit is for copies that train on their own: start several processes with torchrun, or go on with --sync step")
+    team, layout, asked = Team(train.device), "", train   # what was asked for is what a run keeps: another number of ranks fills it in anew
+    require(team.size > 1 or train.sync == "step", "--sync edit is for copies that train on their own: "
+            "start several processes with torchrun, or go on with --sync step")
     if team.size > 1:
         train, layout = choose_layout(train, config, team)                                   # raises before anything is connected
     team.connect(train.timeout)
@@ -2183,7 +2264,8 @@ def main(argv=None):
     else:
         team.first(lambda: start_run(run, asked, config, given_model, continues, team.replicas) or trim_logs(run, step))
         config = read_config(run)
-        train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout, forecast(train, config, team, base))
+        train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout,
+                  forecast(train, config, team, base))
     team.close()
     return 0
 
