@@ -62,11 +62,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ling import (PRESETS, AllToAll, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, components, count_params, count_targets,
@@ -100,16 +97,16 @@ class TrainConfig:
     fresh: bool = option(False, "start over in a new folder")
     dense: bool = option(False, "replace the experts by a dense MLP of equal active parameters")
     seed: int = option(0, "of the weights, the order of the data and the routing warm-up")
-    steps: int = option(850, "optimizer steps")
+    steps: int = option(950, "optimizer steps")
     seq_len: int = option(256, "tokens per sequence")
     batch_tokens: int = option(4096, "tokens per optimizer step, over all micro-batches")
     micro_batch_tokens: int = option(4096, "tokens per forward pass, at most; lower it when memory runs out")
     batch_warmup_steps: int = option(0, "the batch grows linearly to batch_tokens over so many steps")
     batch_start: float = option(0.25, "part of batch_tokens it starts with")
-    lr: float = option(2.5e-3, "peak learning rate")
+    lr: float = option(3e-3, "peak learning rate")
     warmup_steps: int = option(50, "linear warm-up of the learning rate")
     halve_at: float = option(0.0, "part of the run after which the learning rate is halved (Ling 1: 0.6); 0: never")
-    decay: float = option(0.5, "last part of the run, over which the learning rate falls to final_lr; 0: constant")
+    decay: float = option(0.3, "last part of the run, over which the learning rate falls to final_lr; 0: constant")
     final_lr: float = option(0.0, "learning rate at the end, as a part of lr")
     weight_decay: float = option(0.1, "on matrices, embeddings included; never on norms and biases")
     beta1: float = option(0.9, "AdamW")
@@ -773,6 +770,8 @@ def parallelize(model, train, team):
     The loss is a sum over a rank's tokens divided by the count of all ranks' (section 9), so every gradient is a plain sum: the factor
     that FSDP divides by is 1 everywhere, and no mesh has a scale of its own. (With FSDP's averages, experts come out ep times too
     large.)"""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard                     # here, and dcp in Saver.write: these take a second
+    from torch.distributed.tensor import Shard, distribute_tensor                            # and 50 MB, and --plan or an error needs neither
     device, copies = team.device.type, train.replicate // team.replicas
     mesh = lambda *names, sizes: init_device_mesh(device, (team.replicas, *sizes), mesh_dim_names=("across", *names))[names]
     dense = mesh("replicate", "shard", sizes=(copies, team.ranks // copies))
@@ -948,6 +947,7 @@ class Saver:
             require(not self.error, f"{self.error}: make room and run the same command to continue")
 
     def write(self, step, about):
+        import torch.distributed.checkpoint as dcp
         final, temporary = self.run / f"step_{step:08d}", self.run / f"tmp_{step:08d}"
         failure, sums = None, {}
         try:
@@ -1320,7 +1320,7 @@ def evaluate(model, data, token_bytes, rows, team, alive=lambda: None):
         n = int((y >= 0).sum())
         sums += torch.tensor([float(model(x, y).parts["ce"]) * n, n, int(token_bytes[y[y >= 0]].sum())])
     for module in model.modules():
-        if isinstance(module, FSDPModule):                       # without a backward pass, whole weights would stay, and go stale
+        if hasattr(module, "reshard"):                           # FSDP: without a backward pass, whole weights would stay, and go stale
             module.reshard()
     nats, tokens, size = team.sum(sums).tolist()
     return {"val_ce": nats / tokens, "val_bpb": nats / math.log(2) / max(1, size)}
@@ -1436,8 +1436,8 @@ def peak_memory(needs, train, base):
     state = sum(needs.values()) - staged - passing
     if base is None:
         return state + passing
-    # What malloc keeps in holes, and reading the corpus: fitted to seven runs of 0.6 to 3.5 GB, with glibc.
-    heap = 100e6 + 0.4 * needs["activations"]
+    # What training imports, what malloc keeps in holes, and reading the corpus: fitted to seven runs of 0.6 to 3.5 GB, with glibc.
+    heap = 150e6 + 0.4 * needs["activations"]
     midway = 0 < train.save_every < train.steps
     return base + heap + state + (passing + staged if midway else max(passing, staged))
 
@@ -1481,10 +1481,10 @@ def scaling_law(compute):
     return 1.1576 * compute ** -0.1529, 0.0694 * compute ** 0.3644
 
 
-def law_flops(config, seq_len):
+def law_flops(config, seq_len, counts=None):
     """M of [SL]: FLOPs a token without embedding and head, attention uncut by causality.
     With it, C of Ling 2.0's models comes out as published."""
-    return (6 * count_params(config)["active_non_embedding"]
+    return (6 * (counts or count_params(config))["active_non_embedding"]
             + 12 * config.num_hidden_layers * seq_len * config.num_attention_heads * config.head_dim)
 
 
@@ -1534,7 +1534,7 @@ def smallest(train, config, counts, device, cpu, choices, base):
     -> TrainConfig, ranks, {recompute: needs_of}, bytes at most. Raises BadInput if no number of ranks can be laid out.
     base: as in peak_memory."""
     found = error = None
-    for ranks, how in product(choices, RECOMPUTE[RECOMPUTE.index(train.recompute):]):
+    for ranks in choices:
         team = types.SimpleNamespace(size=ranks, local_size=min(8, ranks), nodes=-(-ranks // 8), memory=device.memory,
                                      device=torch.device("cpu" if cpu else "cuda"))
         try:
@@ -1544,10 +1544,12 @@ def smallest(train, config, counts, device, cpu, choices, base):
         except BadInput as reason:
             error = reason
             continue
-        needs = {way: needs_of(dataclasses.replace(layout, recompute=way), config, counts, ranks, cpu) for way in RECOMPUTE}
-        found = dataclasses.replace(layout, recompute=how), ranks, needs, peak_memory(needs[how], train, base)
-        if found[-1] < 0.9 * device.memory:
-            break
+        layouts = {how: dataclasses.replace(layout, recompute=how) for how in RECOMPUTE}
+        needs = {how: needs_of(each, config, counts, ranks, cpu) for how, each in layouts.items()}
+        for how in RECOMPUTE[RECOMPUTE.index(train.recompute):]:
+            found = layouts[how], ranks, needs, peak_memory(needs[how], train, base)
+            if found[-1] < 0.9 * device.memory:
+                return found
     if not found:
         raise error
     return found
@@ -1570,7 +1572,7 @@ def plan(train, config, base, reported=None):
         *([name, *(f"{n:,}" for n in row)] for name, row in sorted(table.items(), key=lambda entry: -entry[1].flops)),
         ["all but mtp" if mtp else "all", f"{counts['total']:,}", f"{counts['active']:,}", f"{flops:,}" + " (mtp too)" * mtp],
         ["", short(counts["total"], 4), short(counts["active"], 4), short(flops, 4, "G")]])
-    C, kv = law_flops(config, S) * tokens, 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    C, kv = law_flops(config, S, counts) * tokens, 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     lr, batch = scaling_law(C)
     print(f"\n{short(tokens)} tokens in sequences of {S}: {flops * tokens:.3g} FLOPs\n"
           f"by scaling law: batches of {batch / S:,.0f} sequences ({short(batch)} tokens), learning rate {lr:.3g}{extrapolated(C)}\n"
@@ -1790,13 +1792,14 @@ def lever(root, train, toy, flags):
     jobs, rows = {}, []
     top = train.budget or flops_per_token(LingConfig(**toy), train.seq_len) * 1000 * 4096
     for part, seed, dense in product((1, 1 / 2, 1 / 4, 1 / 8), range(SEEDS), (False, True)):
-        width, batch = 16 * round(8 * part ** 0.25), train.seq_len * max(1, round(4096 / train.seq_len * part ** 0.3644))
-        shape = dict(hidden_size=width, moe_intermediate_size=width // 2)
+        width = 12 * round(toy["hidden_size"] / 12 * part ** 0.25)                           # three heads of which half is rotated, in pairs
+        batch = train.seq_len * max(1, round(4096 / train.seq_len * part ** 0.3644))
+        shape = dict(hidden_size=width, moe_intermediate_size=width)
         cost = batch * flops_per_token(LingConfig(**(dense_twin(toy | shape) if dense else toy | shape)), train.seq_len)
         steps = max(1, round(top * part / cost))
         name = f"{'dense' if dense else 'moe'}-{top * part:.2e}-seed{seed}"
         jobs[name] = flags(**shape, dense=dense, seed=seed, batch_tokens=batch, micro_batch_tokens=batch, steps=steps,
-                           lr=2.5e-3 * part ** -0.1529, eval_every=0)
+                           lr=TrainConfig.lr * part ** -0.1529, eval_every=0)
         rows.append([dense, part, steps * cost])
     print(f"lever: {len(jobs)} runs, {sum(row[2] for row in rows):.2g} FLOPs in all, into {root}", flush=True)
     rows = [(*row, records[-1]["val_bpb"]) for row, records in zip(rows, train_all(root, jobs).values())]    # dense, part, FLOPs, bpb
