@@ -2396,7 +2396,7 @@ def test_a_sync_is_a_mean_and_resumes(folder, monkeypatch):
     """Replicas that are not equal after a sync; a mean of something else than weights; samples shared out wrongly; moments of one
     replica for all after a resume, or an outer momentum lost; a bias left behind."""
     ignore_some(monkeypatch)
-    plain = [*TEAM, *LING2_FLAGS, *("--batch_tokens 64 --sync_warmup 0 --outer_lr 1 --outer_momentum 0 --outer_clip 1e9 "
+    plain = [*TEAM, *LING2_FLAGS, *("--lr 2.5e-3 --batch_tokens 64 --sync_warmup 0 --outer_lr 1 --outer_momentum 0 --outer_clip 1e9 "
                                     "--sync_temperature 0").split()]
     edit = [*TEAM, *LING2_FLAGS, *"--sync edit --replicate 2 --sync_every 3 --sync_warmup 2 --save_every 5 --keep 9 --decay 0".split()]
     run_jobs(folder, [(2, [*plain, "--sync", "edit", "--sync_every", "1", "--steps", "1", "--out", "runs/two"]),

@@ -770,8 +770,9 @@ def parallelize(model, train, team):
     The loss is a sum over a rank's tokens divided by the count of all ranks' (section 9), so every gradient is a plain sum: the factor
     that FSDP divides by is 1 everywhere, and no mesh has a scale of its own. (With FSDP's averages, experts come out ep times too
     large.)"""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard                     # here, and dcp in Saver.write: these take a second
-    from torch.distributed.tensor import Shard, distribute_tensor                            # and 50 MB, and --plan or an error needs neither
+    # Imported here, and dcp in Saver.write: they take a second and 50 MB, and what only plans or reports needs neither.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
     device, copies = team.device.type, train.replicate // team.replicas
     mesh = lambda *names, sizes: init_device_mesh(device, (team.replicas, *sizes), mesh_dim_names=("across", *names))[names]
     dense = mesh("replicate", "shard", sizes=(copies, team.ranks // copies))
@@ -1792,7 +1793,7 @@ def lever(root, train, toy, flags):
     jobs, rows = {}, []
     top = train.budget or flops_per_token(LingConfig(**toy), train.seq_len) * 1000 * 4096
     for part, seed, dense in product((1, 1 / 2, 1 / 4, 1 / 8), range(SEEDS), (False, True)):
-        width = 12 * round(toy["hidden_size"] / 12 * part ** 0.25)                           # three heads of which half is rotated, in pairs
+        width = 12 * round(toy["hidden_size"] / 12 * part ** 0.25)                           # three heads, half of each rotated in pairs
         batch = train.seq_len * max(1, round(4096 / train.seq_len * part ** 0.3644))
         shape = dict(hidden_size=width, moe_intermediate_size=width)
         cost = batch * flops_per_token(LingConfig(**(dense_twin(toy | shape) if dense else toy | shape)), train.seq_len)
