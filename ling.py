@@ -241,7 +241,7 @@ PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's. With three heads of 32 and a tied embedding each of three seeds
     # learned to copy from its context within 900 steps; with two heads of 64 and an lm_head of its own it was up to the seed.
     # u is large: at 0.002 the last layer sent nearly all tokens to the same two experts for three times as long (150 steps, 128 wide).
-    "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, expert_bias_update_rate=0.01, tie_word_embeddings=True),
+    "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, routed_scaling_factor=1.0, expert_bias_update_rate=0.01, tie_word_embeddings=True),
     "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75, router_aux_loss_coef=0.03),       # a short run needs a firmer hand
     # for one GPU and an evening
     "small": dict(_LING2, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1536,

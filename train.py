@@ -106,7 +106,7 @@ class TrainConfig:
     lr: float = option(3e-3, "peak learning rate")
     warmup_steps: int = option(50, "linear warm-up of the learning rate")
     halve_at: float = option(0.0, "part of the run after which the learning rate is halved (Ling 1: 0.6); 0: never")
-    decay: float = option(0.3, "last part of the run, over which the learning rate falls to final_lr; 0: constant")
+    decay: float = option(0.2, "last part of the run, over which the learning rate falls to final_lr; 0: constant")
     final_lr: float = option(0.0, "learning rate at the end, as a part of lr")
     weight_decay: float = option(0.1, "on matrices, embeddings included; never on norms and biases")
     beta1: float = option(0.9, "AdamW")
