@@ -148,6 +148,8 @@ class LingConfig:
                         f"{f.name}={value!r} must be a number ({f.type.__name__})")
                 require(least <= value < math.inf, f"{f.name}={value} must be at least {least} and finite")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.rotary_dim:                                      # Ling-1T's file has only this; other engines look for the factor first
+            self.partial_rotary_factor = self.rotary_dim / self.head_dim
         H, KV, E, k, G, r = (self.num_attention_heads, self.num_key_value_heads, self.num_experts, self.num_experts_per_tok, self.n_group,
                              self.rotary_width)
         require(H % KV == 0, f"num_attention_heads={H} is not a multiple of num_key_value_heads={KV}; choose a divisor of {H}")
@@ -167,9 +169,13 @@ class LingConfig:
                 f"rope_theta={self.rope_theta} must be above 1, rms_norm_eps={self.rms_norm_eps} above 0")
         if self.rope_scaling is not None:
             require(isinstance(self.rope_scaling, dict), f"rope_scaling={self.rope_scaling!r} must be a JSON object or null")
-            kind, factor = rope_type(self), self.rope_scaling.get("factor", 1.0)
+            kind = rope_type(self)
             require(kind in ("default", "linear", "yarn"), f"rope_scaling type {kind!r} is not supported; use linear, yarn or null")
-            require(isinstance(factor, (int, float)) and factor >= 1, f"rope_scaling factor {factor!r} must be a number of at least 1")
+            for key, least in dict(factor=1, original_max_position_embeddings=1, beta_fast=0, beta_slow=0, mscale=0, mscale_all_dim=0,
+                                   attention_factor=0).items():
+                value = self.rope_scaling.get(key)
+                require(value is None or isinstance(value, (int, float)) and least <= value < math.inf,
+                        f"rope_scaling {key} {value!r} must be a number of at least {least}")
 
     @property
     def rotary_width(self):
@@ -282,14 +288,14 @@ def rope_frequencies(config):
     """The r/2 rotary frequencies (fp32) and the factor on cos and sin. [RoPE] 3.2.2; [YaRN] 3.2 and 3.4."""
     r, theta, scaling = config.rotary_width, config.rope_theta, config.rope_scaling or {}
     inv_freq = 1.0 / theta ** (torch.arange(0, r, 2, dtype=torch.float32, device="cpu") / r)                   # (r/2,)
-    factor = scaling.get("factor", 1.0)
+    factor = scaling.get("factor") or 1.0
     if rope_type(config) == "linear":
         return inv_freq / factor, 1.0
     if rope_type(config) != "yarn":
         return inv_freq, 1.0
     # YaRN: dims that turn often within the original context keep their frequency, slow ones are interpolated by
     # `factor`, with a ramp between the two dims that turn beta_fast and beta_slow times.
-    context = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    context = scaling.get("original_max_position_embeddings") or (4096 if config.is_ling1 else config.max_position_embeddings)
     dim_of = lambda turns: r * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
     low = max(math.floor(dim_of(scaling.get("beta_fast") or 32)), 0)
     high = min(math.ceil(dim_of(scaling.get("beta_slow") or 1)), r - 1)

@@ -40,7 +40,7 @@ import ling
 import sample
 import train
 from ling import (PRESETS, BadInput, KVCache, Ling, LingConfig, Warmup, count_params, count_targets, flops_per_token,
-                  update_expert_bias)
+                  rope_frequencies, update_expert_bias)
 
 logging.disable(logging.INFO)                            # torch's checkpoint log would bury a failing test's own message
 torch.set_num_threads(1)                                 # two processes on two spinning cores would wait for each other
@@ -800,6 +800,7 @@ def test_init_by_role():
     (dict(rms_norm_eps=-1.0), "rms_norm_eps=-1.0"),
     (dict(use_qk_norm=1), "use_qk_norm=1 must be true or false"),
     (dict(rope_scaling={"type": "dynamic", "factor": 2}), "'dynamic' is not supported"),
+    (dict(rope_scaling={"type": "yarn", "factor": 2, "mscale": "1"}), "rope_scaling mscale '1' must be a number"),
     (dict(first_k_dense_replace=4), "first_k_dense_replace=4 exceeds"),
 ])
 def test_bad_configs_fail_at_the_door(changes, words):
@@ -818,6 +819,10 @@ def test_released_configs():
     v2 = base | dict(architectures=["BailingMoeV2ForCausalLM"], score_function="softmax", rotary_dim=4, head_dim=16, norm_topk_prob=False)
     config = LingConfig.from_dict(v2)
     assert (config.score_function, config.rotary_width, config.norm_topk_prob, config.num_nextn_predict_layers) == ("sigmoid", 4, True, 0)
+    assert config.to_dict()["partial_rotary_factor"] == 4 / 16                               # engines that look there first rotated all
+    yarn = LingConfig(**LING1, rope_scaling={"type": "yarn", "factor": 4}, max_position_embeddings=128)      # the official class's 4096
+    said = dataclasses.replace(yarn, rope_scaling={**yarn.rope_scaling, "original_max_position_embeddings": 4096})
+    assert torch.equal(rope_frequencies(yarn)[0], rope_frequencies(said)[0])
     with pytest.warns(UserWarning, match="flux_capacitor"):
         LingConfig.from_dict(base | {"flux_capacitor": 1})
     for bad, words in (({"hidden_act": "gelu"}, "gelu"), ({"architectures": ["LlamaForCausalLM"]}, "Llama"),
