@@ -241,7 +241,7 @@ _LING2 = dict(score_function="sigmoid", use_qk_norm=True, n_group=8, topk_group=
 _LING2_RELEASE = dict(_LING2, vocab_size=157184, rope_theta=600000.0, max_position_embeddings=32768, num_experts=256,
                       num_experts_per_tok=8, head_dim=128, num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1,
                       pad_token_id=156892, eos_token_id=156892)
-_TOY = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3, num_experts=16, num_experts_per_tok=2,
+_TOY = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3, num_experts=12, num_experts_per_tok=2,
             moe_intermediate_size=96, num_shared_experts=1, initializer_range=0.02)
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's. With three heads of 32 and a tied embedding each of three seeds
