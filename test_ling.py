@@ -2061,7 +2061,7 @@ def test_a_plan_counts_what_the_model_counts(preset, folder):
     assert ([sum(column) for column in zip(*rows.values())] == [counts["total"], counts["active"], flops - mtp[2]]
             and mtp[0] == counts["mtp"])
     assert not (folder / "runs").exists()
-    tokens = 1e12 if "vocab_size" in PRESETS[preset] else 950 * 4096
+    tokens = 1e12 if "vocab_size" in PRESETS[preset] else 900 * 4096
     money = {line.split()[0]: line for line in out[out.index("at --mfu"):].splitlines() if line}
     assert (f"{train.short(0.3 * 989e12 / flops)} " in money["H100"]
             and f"{train.short(flops * tokens / 0.3 / 1e14 / 3600 * 0.5)} " in money["mine"])

@@ -97,7 +97,7 @@ class TrainConfig:
     fresh: bool = option(False, "start over in a new folder")
     dense: bool = option(False, "replace the experts by a dense MLP of equal active parameters")
     seed: int = option(0, "of the weights, the order of the data and the routing warm-up")
-    steps: int = option(950, "optimizer steps")
+    steps: int = option(900, "optimizer steps")
     seq_len: int = option(256, "tokens per sequence")
     batch_tokens: int = option(4096, "tokens per optimizer step, over all micro-batches")
     micro_batch_tokens: int = option(4096, "tokens per forward pass, at most; lower it when memory runs out")
