@@ -8,8 +8,7 @@ token uses a few. A 16-billion-parameter Ling-mini-2.0 spends 1.4 billion on a t
                v
     x (B,S,D) -+-> RMSNorm -> Attention: fused QKV, [QK-norm], RoPE, grouped-query, causal ---+-> x
                |______________________________________________________________________________|
-               |
-               +-> RMSNorm -> router: scores (T,E) -> k experts and their weights (T,k) each token
+    x (B,S,D) -+-> RMSNorm -> router: scores (T,E) -> k experts and their weights (T,k) each token
                |                 -> sum_j w_j expert_j(x), each a SwiGLU of width F   (E of them, k run)
                |              +  shared expert(s): a SwiGLU every token passes through
                |______________________________________________________________________________+-> x
@@ -42,8 +41,8 @@ References, quoted beside the line that implements them:
 
 Shapes: B batch, S sequence, T = B*S tokens, D hidden_size, V vocabulary, L blocks, E experts, k experts per token, F expert
 width, H query heads, KV key/value heads, d head_dim, r rotary width. A linear map stores (out, in), as in the releases.
-Tensors are named as in the released files, but for three things (section 8): experts are stacked, E matrices in one tensor; a SwiGLU's
-gate and up are one matrix; MTP blocks have a list of their own.
+Tensors are named as in the released files, but for what `released_table` (section 8) lists: experts are stacked, E matrices in one
+tensor; a SwiGLU's gate and up are one matrix; MTP blocks have a list of their own.
 """
 import collections
 import contextlib
@@ -98,7 +97,7 @@ class LingConfig:
     num_hidden_layers: int = option(4, "L, blocks")
     num_attention_heads: int = option(6, "H, query heads")
     num_key_value_heads: int = option(2, "KV, key/value heads, each shared by H/KV query heads")
-    head_dim: int = option(None, "d; absent or 0: hidden_size / heads. heads * head_dim need not equal hidden_size", type=int)
+    head_dim: int = option(None, "d; absent or 0: hidden_size / heads. heads * head_dim need not equal hidden_size")
     intermediate_size: int = option(512, "width of the MLP in dense layers")
     first_k_dense_replace: int = option(0, "the first so many layers are dense")
     # experts
@@ -115,7 +114,7 @@ class LingConfig:
     # attention, norms, head
     use_qk_norm: bool = option(True, "RMSNorm on each query and key head, before the rotation")
     partial_rotary_factor: float = option(0.5, "part of each head that is rotated")
-    rotary_dim: int = option(None, "r, dims rotated; overrides partial_rotary_factor", type=int)
+    rotary_dim: int = option(None, "r, dims rotated; overrides partial_rotary_factor")
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
     rope_scaling: dict = option(None, "JSON, e.g. {\"type\": \"yarn\", \"factor\": 4}", type=json.loads)
     max_position_embeddings: int = option(4096, "longest sequence the model is meant for")
@@ -124,12 +123,12 @@ class LingConfig:
     use_qkv_bias: bool = option(False, "bias on the QKV projection")
     tie_word_embeddings: bool = option(False, "lm_head shares the embedding matrix")
     norm_head: bool = option(False, "NormHead: columns of lm_head divided by their norms")
+    initializer_range: float = option(0.006, "std of the initial weights")
+    pad_token_id: int = option(None, "kept for other engines; loss and load go by the targets alone")
+    eos_token_id: int = option(None, "end of text")
     # multi-token prediction
     num_nextn_predict_layers: int = option(0, "MTP blocks, each predicting one token further; give mtp_loss_scaling_factor too")
     mtp_loss_scaling_factor: float = option(0.0, "weight of the MTP loss")
-    initializer_range: float = option(0.006, "std of the initial weights")
-    pad_token_id: int = option(None, "kept for other engines; loss and load go by the targets alone", type=int)
-    eos_token_id: int = option(None, "end of text", type=int)
     # training only
     router_aux_loss_coef: float = option(0.0, "weight of the balance loss; Ling 1: 0.015")
     router_z_loss_coef: float = option(0.0, "weight of the router z-loss; Ling 1: 1e-4, Ling 2: 3.5e-6")
@@ -140,7 +139,8 @@ class LingConfig:
         self.head_dim, self.rotary_dim = self.head_dim or None, self.rotary_dim or None          # some releases say 0
         may_be_zero = ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers", "router_warmup_steps")
         for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), 1 if f.type is int and f.name not in may_be_zero and not f.name.endswith("_id") else 0
+            value = getattr(self, f.name)
+            least = int(f.type is int and f.name not in may_be_zero and not f.name.endswith("_id"))
             if f.type is bool:
                 require(isinstance(value, bool), f"{f.name}={value!r} must be true or false")
             elif f.type in (int, float) and not (value is None and f.default is None):
@@ -148,8 +148,6 @@ class LingConfig:
                         f"{f.name}={value!r} must be a number ({f.type.__name__})")
                 require(least <= value < math.inf, f"{f.name}={value} must be at least {least} and finite")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.rotary_dim:                                      # Ling-1T's file has only this; other engines look for the factor first
-            self.partial_rotary_factor = self.rotary_dim / self.head_dim
         H, KV, E, k, G, r = (self.num_attention_heads, self.num_key_value_heads, self.num_experts, self.num_experts_per_tok, self.n_group,
                              self.rotary_width)
         require(H % KV == 0, f"num_attention_heads={H} is not a multiple of num_key_value_heads={KV}; choose a divisor of {H}")
@@ -163,6 +161,8 @@ class LingConfig:
                 f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers={self.num_hidden_layers}")
         require(0 < r <= self.head_dim,
                 f"rotary width {r} is outside 1..head_dim={self.head_dim}; set partial_rotary_factor in (0, 1] or rotary_dim")
+        if self.rotary_dim:                                      # Ling-1T's file has only this; other engines look for the factor first
+            self.partial_rotary_factor = r / self.head_dim
         require(r % 2 == 0,
                 f"rotary width {r} (of head_dim={self.head_dim}) is odd, but dims rotate in pairs; set rotary_dim to an even number")
         require(self.rope_theta > 1 and self.rms_norm_eps > 0,
@@ -174,8 +174,9 @@ class LingConfig:
             for key, least in dict(factor=1, original_max_position_embeddings=1, beta_fast=0, beta_slow=0, mscale=0, mscale_all_dim=0,
                                    attention_factor=0).items():
                 value = self.rope_scaling.get(key)
-                require(value is None or isinstance(value, (int, float)) and least <= value < math.inf,
-                        f"rope_scaling {key} {value!r} must be a number of at least {least}")
+                absent = value is None and (key != "factor" or kind == "default")
+                require(absent or type(value) in (int, float) and least <= value < math.inf,
+                        f"rope_scaling {key} {value!r} must be a finite number of at least {least}")
 
     @property
     def rotary_width(self):
@@ -201,7 +202,8 @@ class LingConfig:
                           ("weight_block_size", [BLOCK, BLOCK]), ("moe_shared_expert_intermediate_size", d["moe_intermediate_size"])):
             require((found := quantized.get(key, d.get(key))) in (None, want),
                     f"{key}={found!r} in config.json: only {want!r}, as in Ling's releases, is implemented; use an unmodified release")
-        # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs.
+        # model_type is bailing_moe in both generations, so `architectures` decides. "Ling" is a mix only this repository runs: each
+        # field is taken at its word, as also where there is no architecture but a score_function, which Ling 1 does not know.
         architecture = (d.get("architectures") or ["Ling" if "score_function" in d else LING1])[0]
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
             d |= dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, rotary_dim=None, n_group=1, topk_group=1,
@@ -212,9 +214,7 @@ class LingConfig:
         elif architecture != "Ling":
             raise BadInput(f"architecture {architecture!r} is neither Ling 1 ({LING1}) nor Ling 2 ({LING2})")
         d["num_key_value_heads"] = d.get("num_key_value_heads") or d["num_attention_heads"]
-        for key, default in (("num_shared_experts", 0), ("first_k_dense_replace", 0), ("num_nextn_predict_layers", 0)):
-            d[key] = d.get(key) or default
-        d["mtp_loss_scaling_factor"] = d.get("mtp_loss_scaling_factor") or 0.0
+        d["num_shared_experts"] = d.get("num_shared_experts") or 0                           # absent or null: none
         names = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(d.keys() - names - IGNORED):
             warnings.warn(f"config.json: ignored unknown keys {', '.join(unknown)}", stacklevel=2)
@@ -246,7 +246,7 @@ _TOY = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_
 PRESETS = {
     # for two CPU cores and five minutes; the vocabulary is the tokenizer's. With three heads of 32 and a tied embedding each of three seeds
     # learned to copy from its context within 900 steps; with two heads of 64 and an lm_head of its own it was up to the seed.
-    # u is large: at 0.002 the last layer sent nearly all tokens to the same two experts for three times as long (150 steps, 128 wide).
+    # u is large: at 0.002 the last layer sent nearly all tokens to the same two experts for 150 steps, three times as long (128 wide).
     "toy": _LING2 | _TOY | dict(n_group=1, topk_group=1, routed_scaling_factor=1.0, expert_bias_update_rate=0.01, tie_word_embeddings=True),
     "toy-lite": _LING1 | _TOY | dict(router_warmup_steps=75, router_aux_loss_coef=0.03),       # a short run needs a firmer hand
     # for one GPU and an evening
@@ -300,7 +300,7 @@ def rope_frequencies(config):
     low = max(math.floor(dim_of(scaling.get("beta_fast") or 32)), 0)
     high = min(math.ceil(dim_of(scaling.get("beta_slow") or 1)), r - 1)
     ramp = ((torch.arange(r // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)  # 1 = slow
-    # The official Ling 1 reads mscale alone; Ling 2 (transformers) only with mscale_all_dim beside it.
+    # The official Ling 1 reads mscale with or without mscale_all_dim, Ling 2 (transformers) only the two together.
     growth = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if config.is_ling1:
@@ -376,10 +376,10 @@ class Attention(nn.Module):
     def forward(self, x, cos_sin, cache):                                                    # x (B,S,D)
         H, KV, d = self.H, self.KV, self.d
         qk, v = linear(x, self.query_key_value.weight, self.query_key_value.bias).split([(H + KV) * d, KV * d], dim=-1)
-        norm = None
-        if self.query_layernorm is not None:                     # QK-norm [Ling2] bounds the logits; rope does it first
-            norm = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
-        q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, self.r, norm, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
+        qk_weight = None
+        if self.query_layernorm is not None:                     # QK-norm [Ling2] bounds the logits; rope() applies it, then rotates
+            qk_weight = torch.cat([self.query_layernorm.weight.expand(H, d), self.key_layernorm.weight.expand(KV, d)])   # (H+KV,d)
+        q, k = rope(qk.unflatten(-1, (H + KV, d)), *cos_sin, self.r, qk_weight, self.eps).split([H, KV], dim=2)     # (B,S,H,d), (B,S,KV,d)
         v = v.unflatten(-1, (KV, d))
         y = attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)       # (B,S,H,d)
         return linear(y.flatten(2), self.dense.weight, self.dense.bias)                      # (B,S,D)
@@ -441,10 +441,10 @@ class Router(nn.Module):
                                         c.norm_topk_prob, c.routed_scaling_factor)
         balance = z = None
         if counted is not None and c.router_aux_loss_coef:
-            # [Switch] eq. 4-6: E * sum_e f_e P_e, f the fraction of routed rows, P the mean score (Ling.forward divides by the count);
-            # 1 when even. Only P has a gradient. An f of this micro-batch alone asks every few sequences to be even, and changes
-            # with the split of the batch; a given one (train.py --balance global) asks it of the whole. Sigmoid scores are divided by
-            # their sum [DSv3 eq. 19], or lowering them all would pay.
+            # [Switch] eq. 4-6: E * sum_e f_e P_e, 1 when even: f the share of routed rows, P the mean score (here their sum: Ling.forward
+            # divides by the count). Only P has a gradient. f of one micro-batch would ask every few sequences to be even, and change
+            # with the split; train.py --balance global gives that of the whole step before. Sigmoid scores are divided by their
+            # sum [DSv3 eq. 19], or lowering them all would pay.
             if fraction is None:
                 load = rows_per_expert(chosen, counted, c.num_experts)
                 fraction = load / load.sum().clamp(min=1)
@@ -492,7 +492,7 @@ def part_of(p, coordinate=None):
     """Which part of a tensor the rank at a coordinate of its mesh (None: this one) holds, as a range per dimension. All of it,
     unless it is a DTensor; those are cut into equal pieces, the last ones shorter or empty."""
     part = [range(n) for n in p.shape]
-    for i, placement in reversed([*enumerate(getattr(p, "placements", ()))]):                # experts are cut by ep first, then by edp
+    for i, placement in reversed([*enumerate(getattr(p, "placements", ()))]):                # mesh (edp, ep): edp cuts what ep dealt out
         if not placement.is_replicate():
             piece = -(-len(part[placement.dim]) // p.device_mesh.size(i))
             rank = p.device_mesh.get_local_rank(i) if coordinate is None else coordinate[i]
@@ -548,12 +548,12 @@ class Experts(nn.Module):
         # without a row still takes part in every exchange.
         (T, k), E, x = chosen.shape, len(self.gate_up), autocast(x)
         order = chosen.flatten().argsort(stable=True)                                        # 1 sort: T*k rows by expert
-        counts = rows_per_expert(chosen, None, E)                                            # (E,)
-        arriving = torch.empty_like(counts)                                                  # (ranks * my experts,)
+        load = rows_per_expert(chosen, None, E)                                              # (E,), of all ranks' experts
+        arriving = torch.empty_like(load)                                                  # (ranks * my experts,)
         with AllToAll.timer():
-            dist.all_to_all_single(arriving, counts, group=self.group)
+            dist.all_to_all_single(arriving, load, group=self.group)
         ranks = dist.get_world_size(self.group)
-        sends, receives = torch.stack([counts, arriving]).view(2, ranks, -1).sum(2).tolist() # SYNC: the layer's only one
+        sends, receives = torch.stack([load, arriving]).view(2, ranks, -1).sum(2).tolist() # SYNC: the layer's only one
         rows = AllToAll.apply(x[order // k], sends, receives, self.group)                    # 2 send: (R,D), by sender, then by expert
         scale = AllToAll.apply(weights.flatten()[order], sends, receives, self.group)        # (R,)
         mine = torch.arange(E // ranks, device=x.device).repeat(ranks).repeat_interleave(arriving, output_size=len(rows))   # (R,)
@@ -637,7 +637,7 @@ class Ling(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = config
-        # nn.Embedding(V, D) would draw numbers to be replaced, and on the meta device load torch._dynamo for them: a second.
+        # nn.Embedding(V, D) would load torch._dynamo on the meta device, for numbers we replace: a second.
         self.word_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -657,7 +657,7 @@ class Ling(nn.Module):
     def init_weights(self, seed):
         """By role: norms 1, biases 0, matrices N(0, initializer_range), and those that write into the residual stream smaller by
         sqrt(2L), as 2L of them add up. Each tensor (each expert) draws from a seed of its own, made of the run's seed and its
-        name, so that every parallel layout starts from the same weights; a rank draws no more than one matrix it does not keep."""
+        name, so that every parallel layout starts from the same weights; a rank holds no more than one matrix it does not keep."""
         for name, p in [*self.named_parameters(), *self.named_buffers()]:
             std = self.config.initializer_range
             if name.endswith(("attention.dense.weight", "mlp.down", "experts.down")):
@@ -679,15 +679,15 @@ class Ling(nn.Module):
         cos_sin = self.rope(slice(0, S) if cache is None else cache.positions(S), tokens.device)
         x, routings = autocast(self.word_embeddings(tokens)), []                             # the residual stream in the activations' dtype
         for block in self.layers:
-            x, routing = block(x, cos_sin, counted, cache, warmup, fractions.get(block))
-            routings.append(routing)                                                         # x (B,S,D)
+            x, routing = block(x, cos_sin, counted, cache, warmup, fractions.get(block))     # (B,S,D)
+            routings.append(routing)
         if cache is not None:
             cache.advance(S)
         return self.norm(x), routings
 
     def draft(self, x, tokens, cache):
         """The first MTP block in generation: x (B,S,D) of trunk, and the tokens (B,S) that follow each position -> (B,S,D), whose
-        logits guess the token after. The block keeps keys and values of its own, in layer L of the cache."""
+        logits guess the token after. cache: sample.py's Segments with L + 1 layers; a KVCache has none for this block."""
         x, _ = self.mtp[0](x, self.word_embeddings(tokens), self.rope(cache.positions(tokens.shape[1]), x.device), cache=cache)
         return x
 
@@ -704,11 +704,11 @@ class Ling(nn.Module):
         logits_to_keep: only the last so many positions' logits (0: all)."""
         c, fractions = self.config, {} if fractions is None else dict(zip(self.moe_blocks(), fractions, strict=True))
         require(targets is None or targets.shape == tokens.shape, "targets must have the shape of tokens, (B,S)")
+        require(targets is None or cache is None, "a loss takes whole sequences: give targets or a cache, not both")
         counted = None if targets is None else (targets >= 0).flatten()                      # (T,)
         x, routings = self.trunk(tokens, cache, counted, warmup, fractions)
         if targets is None:
             return Output(self.logits(x[:, -logits_to_keep:], cache), None, {}, self.stack_loads(routings))
-        depths = [0] * len(routings)
 
         # Every term is a sum over this batch divided by the count of the whole step, so gradients of micro-batches simply add.
         counts = (count_targets(c, targets) if counts is None else counts).clamp(min=1)
@@ -722,12 +722,11 @@ class Ling(nn.Module):
                 h, routing = block(h, embedding, cos_sin, (further >= 0).flatten(), None, warmup, fractions.get(block))
                 losses.append(head(h, further) / counts[m])
                 routings.append(routing)
-                depths.append(m)
             parts["mtp"] = torch.stack(losses).mean()                                        # [DSv3 eq. 25]
-        for routing, m in zip(routings, depths):                                             # summed over MoE layers, MTP's too
-            for name in ("balance", "z"):
+        for m, routing in enumerate(routings, start=1 - len(self.layers)):                   # m > 0: the MTP depth
+            for name in ("balance", "z"):                                                    # summed over MoE layers, MTP's too
                 if (value := getattr(routing, name, None)) is not None:                      # None: a dense layer's routing, too
-                    parts[name] = parts.get(name, 0.0) + value / counts[m]
+                    parts[name] = parts.get(name, 0.0) + value / counts[max(m, 0)]
         scale = {"ce": 1.0, "mtp": c.mtp_loss_scaling_factor, "balance": c.router_aux_loss_coef, "z": c.router_z_loss_coef}
         loss = sum(scale[name] * part for name, part in parts.items())
         return Output(None, loss, parts, self.stack_loads(routings))
@@ -753,8 +752,8 @@ class Ling(nn.Module):
     def from_pretrained(cls, path, dtype=None, device=None, progress=None):
         """A model from a folder with config.json and *.safetensors (a release, or save_pretrained's), or from a run of train.py.
 
-        dtype None keeps what is stored (a run: fp32; FP8, which is scaled in fp32: config.json's torch_dtype, or bf16). expert_bias stays
-        fp32: in bf16 its updates of 1e-3 would vanish. progress(done, total), in bytes, is called after each tensor of a release.
+        dtype None keeps what is stored: a run's fp32; FP8 becomes config.json's torch_dtype, or else bf16. expert_bias stays fp32:
+        in bf16 its updates of 1e-3 would vanish. progress(done, total), in bytes, is called after each tensor of a release.
         Raises BadInput when a tensor is missing, unexpected, or of the wrong shape or dtype, or a file is damaged."""
         with torch.device("meta"):
             model = cls(read_config(path))
@@ -784,7 +783,7 @@ class Ling(nn.Module):
         for own, rows in itertools.groupby(released_table(self), key=lambda row: row[1]):
             rows = {e: names for names, _, e in rows}
             for e, matrix, (mine, *others) in local_matrices(self.own_tensor(own).detach()):
-                at = -mine.start                                 # where the next one begins in ours, or began above it
+                at = -mine.start                                 # our row where the next stored matrix begins; < 0: above our part
                 for stored in map(source.get, rows[e]):                                      # gate over up, or one matrix
                     if stored is None:
                         matrix.zero_()                                                       # an expert_bias that is off
@@ -799,8 +798,7 @@ class Ling(nn.Module):
                     progress(done, total)
 
     def own_tensor(self, name):
-        module, _, leaf = name.rpartition(".")
-        return getattr(self.get_submodule(module), leaf)
+        return functools.reduce(getattr, name.split("."), self)
 
     @torch.no_grad()
     def save_pretrained(self, path, max_shard_bytes=10 << 30, dtype=None):
@@ -816,7 +814,7 @@ class Ling(nn.Module):
         shards, room = [[]], max_shard_bytes                                                 # each a list of (name, own, e, i of n, shape)
         for names, own, e in released_table(self):
             for i, name in enumerate(names):
-                shape = list(self.own_tensor(own).shape[-2:] if e is not None else self.own_tensor(own).shape)
+                shape = list(self.own_tensor(own).shape[-2:])
                 shape[0] //= len(names)
                 size = math.prod(shape) * dtype_of(own).itemsize
                 if shards[-1] and size > room:
@@ -866,14 +864,13 @@ def components(config, seq_len=0):
     c, depth, sizes = config, config.num_nextn_predict_layers, collections.Counter()
     with torch.device("meta"):
         model = Ling(config)
+    kinds = {"mtp.": "mtp", "word_embeddings": "embedding", "lm_head": "lm_head", "norm.weight": "norms", "attention.": "attention",
+             "mlp.gate.": "router", ".experts.": "experts", "shared_experts": "shared experts", "mlp.": "dense MLP"}
     for name, p in model.named_parameters():
-        kind = next(kind for part, kind in (("mtp.", "mtp"), ("word_embeddings", "embedding"), ("lm_head", "lm_head"),
-                    ("norm.weight", "norms"), ("attention.", "attention"), ("mlp.gate.", "router"), (".experts.", "experts"),
-                    ("shared_experts", "shared experts"), ("mlp.", "dense MLP")) if part in f".{name}")    # the first part that occurs
-        sizes[kind] += p.numel()
-    idle = {"experts": sizes["experts"] // c.num_experts * (c.num_experts - c.num_experts_per_tok),
-            "mtp": depth * 3 * c.moe_intermediate_size * c.hidden_size * (c.num_experts - c.num_experts_per_tok)}
-    table = {kind: Component(n, n - idle.get(kind, 0), 6 * (n - idle.get(kind, 0))) for kind, n in sizes.items()}
+        sizes[next(kind for part, kind in kinds.items() if part in name)] += p.numel()       # the first part that occurs
+    unused = c.num_experts - c.num_experts_per_tok
+    idle = {"experts": sizes["experts"] // c.num_experts * unused, "mtp": depth * 3 * c.moe_intermediate_size * c.hidden_size * unused}
+    table = {kind: Component(n, active := n - idle.get(kind, 0), 6 * active) for kind, n in sizes.items()}
     head, attend = 6 * c.vocab_size * c.hidden_size, 6 * seq_len * c.num_attention_heads * c.head_dim
     table["embedding"] = table["embedding"]._replace(flops=0)                                # a look-up
     table["lm_head"] = table.get("lm_head", Component())._replace(flops=head)                # also if it is the embedding's matrix
@@ -889,7 +886,7 @@ def count_params(config):
     table = components(config)
     mtp = table.pop("mtp", Component()).total
     total, active, _ = (sum(column) for column in zip(*table.values()))
-    embeddings = table["embedding"].total * (1 if config.tie_word_embeddings else 2)
+    embeddings = table["embedding"].total + table["lm_head"].total                           # a tied one is counted once
     return {"total": total, "active": active, "active_non_embedding": active - embeddings, "mtp": mtp}
 
 
@@ -906,7 +903,7 @@ def flops_per_token(config, seq_len):
 
 def released_table(model):
     """Yields (released names, our name, expert): all that differs between the released files and this model. The matrices of two
-    names lie one over the other in ours; an expert's is row `expert` of a stack (None: not a stack)."""
+    names lie one over the other in ours; an expert's is matrix `expert` of a stack (None: not a stack)."""
     c = model.config
     for own, p in [*model.named_parameters(), *model.named_buffers()]:
         released = own if own.startswith("lm_head") else "model." + own
@@ -928,16 +925,16 @@ def check_table(path, model, tensors):
     c, table = model.config, list(released_table(model))
     expected = {name for names, *_ in table for name in names}
     optional = {name for name in expected if name.endswith("expert_bias") and not c.moe_router_enable_expert_bias}
+    layer_of = lambda name: int((re.match(r"model\.layers\.(\d{1,9})\.", name) or (0, -1))[1])               # -1: of none
     is_extra = lambda name: (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and c.tie_word_embeddings) or
-                             (name.startswith("model.layers.") and name.split(".")[2].isdigit() and not c.num_nextn_predict_layers
-                              and int(name.split(".")[2]) >= c.num_hidden_layers))
+                             (not c.num_nextn_predict_layers and layer_of(name) >= c.num_hidden_layers))
     missing = sorted(expected - tensors.keys() - optional)
     surplus = sorted(name for name in tensors.keys() - expected if not is_extra(name))
     for kind, names in (("has no tensor", missing), ("has an unexpected tensor", surplus)):
         require(not names, f"{path} {kind} {names[0] if names else ''}" + f" and {len(names) - 1} more" * (len(names) > 1) +
                 "; config.json and the weights must come from the same model")
     for names, own, e in table:
-        first, *rest = model.own_tensor(own).shape[0 if e is None else 1:]
+        first, *rest = model.own_tensor(own).shape[-2:]
         for name in names:
             if (tensor := tensors.get(name)) is not None:
                 want = [first // len(names), *rest]
@@ -957,7 +954,7 @@ def whole_matrix(p, e):
     if not hasattr(p, "placements"):
         return (p if e is None else p[e]).detach().cpu()
     held, mesh = local(p), p.device_mesh.mesh
-    whole, done = torch.empty(p.shape if e is None else p.shape[1:], dtype=p.dtype, device=held.device), []
+    whole, done = torch.empty(p.shape[-2:], dtype=p.dtype, device=held.device), []
     for coordinate in np.ndindex(*mesh.shape):
         part = part_of(p, coordinate)
         if part in done or not all(part) or (e is not None and e not in part[0]):
@@ -1025,7 +1022,7 @@ class Stored(NamedTuple):
 
     @torch.inference_mode()     # a thread has no mode but its own
     def read(self, target, first=0, others=()):
-        """Fill target, of any dtype and device, with the rows from `first` on and the slices `others` of further dimensions -> bytes read.
+        """Fill target, of any dtype and device, with the rows from `first` on and the slices `others` of further dimensions -> bytes.
         Straight into its memory if that holds what is stored. (A memory map is slower, and its pages count as held.)"""
         alike = (target.device.type, target.dtype, [*target.shape[1:]]) == ("cpu", self.dtype, self.shape[1:])
         straight = alike and self.scale is None and target.is_contiguous()
@@ -1085,8 +1082,8 @@ def open_safetensors_file(path):
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        check(8 + length <= size and length <= 100 << 20,
-              f"its header claims {length} bytes; the file has {size}, and the format allows 100 MiB")
+        check(8 + length <= size and length <= 100_000_000,
+              f"its header claims {length} bytes; the file has {size}, and the format allows 100 MB")
         raw = f.read(length)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
@@ -1153,7 +1150,7 @@ def checkpoint_damage(folder, share=slice(None)):
             if file_crc(folder / name) != crc:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"manifest.json: {error}"
+        return f"manifest.json or a file it lists: {error}"
     return None
 
 

@@ -800,7 +800,9 @@ def test_init_by_role():
     (dict(rms_norm_eps=-1.0), "rms_norm_eps=-1.0"),
     (dict(use_qk_norm=1), "use_qk_norm=1 must be true or false"),
     (dict(rope_scaling={"type": "dynamic", "factor": 2}), "'dynamic' is not supported"),
-    (dict(rope_scaling={"type": "yarn", "factor": 2, "mscale": "1"}), "rope_scaling mscale '1' must be a number"),
+    (dict(rope_scaling={"type": "yarn", "factor": 2, "mscale": "1"}), "rope_scaling mscale '1' must be a finite number"),
+    (dict(rope_scaling={"type": "linear", "factor": None}), "rope_scaling factor None must be a finite number"),
+    (dict(rotary_dim=8, hidden_size=2, head_dim=0), "rotary width 8 is outside 1..head_dim=0"),
     (dict(first_k_dense_replace=4), "first_k_dense_replace=4 exceeds"),
 ])
 def test_bad_configs_fail_at_the_door(changes, words):
@@ -1805,7 +1807,7 @@ def test_disk_full(folder):
     assert cli(train, *FLAGS, "--steps", "2")[0] == 0
     code = f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); " \
            "import sample, train; sys.exit(sample.run_cli('train.py', train.main))"
-    process = subprocess.run([sys.executable, "-c", code, *FLAGS], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code, *FLAGS], env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr
     assert "warning: cannot save a checkpoint of step 4" in process.stderr                   # it trains on, and ends with an error
     assert "error: cannot save a checkpoint of step 12" in process.stderr.splitlines()[-1]
@@ -2310,9 +2312,12 @@ def member(rank, jobs, ports, folder):
             assert code == 0, err
 
 
+torch.multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])   # once, not in each process
+
+
 def run_jobs(folder, jobs):
     agents = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
-    torch.multiprocessing.spawn(member, (jobs, [agent.port for agent in agents], folder), nprocs=4)
+    torch.multiprocessing.start_processes(member, (jobs, [agent.port for agent in agents], folder), nprocs=4, start_method="forkserver")
 
 
 def everything(run, step):

@@ -3,7 +3,7 @@
     python train.py                                # train the toy on Python's own standard library, then sample from it
     python train.py                                # again: continue where it stopped, or say that it is finished
     python train.py --fresh                        # start over, in a new folder
-    python train.py --preset toy-lite              # the same size with Ling 1's router and head
+    python train.py --preset toy-lite              # the same blocks with Ling 1's router and a head of its own
     python train.py --dense                        # a dense model of equal active parameters, for comparison
     python train.py --data "src/**/*.py" notes.txt --tokenizer bpe4096 --out runs/mine
     python train.py --data fineweb_*.bin --tokenizer gpt2 --preset small --batch_tokens 524288
@@ -49,6 +49,7 @@ import sys
 import sysconfig
 import threading
 import time
+import timeit
 import types
 import warnings
 import zlib
@@ -62,7 +63,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -198,9 +198,8 @@ def parse_args(argv):
     for cls, preset in ((TrainConfig, {}), (LingConfig, PRESETS[TrainConfig.preset])):
         group = parser.add_argument_group(cls.__name__, f"defaults: those of --preset {TrainConfig.preset}" if preset else None)
         for f in dataclasses.fields(cls):
-            kwargs = dict(f.metadata, help=f"{f.metadata['help']} [{preset.get(f.name, f.default)}]".replace("%", "%%"))
-            kwargs |= {"action": argparse.BooleanOptionalAction} if f.type is bool else {} if f.type in (list, dict) else {
-                "type": f.metadata.get("type", f.type)}
+            kwargs = {"action": argparse.BooleanOptionalAction} if f.type is bool else {} if f.type is list else {"type": f.type}
+            kwargs |= dict(f.metadata, help=f"{f.metadata['help']} [{preset.get(f.name, f.default)}]".replace("%", "%%"))
             group.add_argument(*spellings(f"--{f.name}"), **kwargs)
     given = vars(parser.parse_args(argv))
     return tuple({f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given} for cls in (TrainConfig, LingConfig))
@@ -264,6 +263,7 @@ class Team:
         self.local_size, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), 0, pick_device(device)
         # torchrun, or a study; a shell may go, and a run in its background stay
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LING_PARENT") == str(os.getppid()) else None
+        self.restarts = variable("TORCHELASTIC_MAX_RESTARTS", 0)
         self.nodes = variable("GROUP_WORLD_SIZE", self.size // self.local_size)
         self.replicas, self.replica, self.ranks, self.within, self.across = 1, 0, self.size, None, None   # until split()
         if self.size > 1 and self.device.type != "cpu":
@@ -425,8 +425,7 @@ def find_files(patterns):
                     if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
         else:
             hits = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
-        if not hits:
-            raise BadInput(f"--data {pattern}: no such file, no file in that folder, or nothing matches; check the path")
+        require(hits, f"--data {pattern}: no such file, no file in that folder, or nothing matches; check the path")
         found |= {p.as_posix(): p for p in hits}
     return found
 
@@ -437,8 +436,7 @@ def read_text(path):
     except UnicodeDecodeError as error:
         raise BadInput(f"--data {path} is not UTF-8 text (byte {error.start}); leave it out, "
                        "e.g. with a glob like 'folder/**/*.txt'") from None
-    if "\0" in text:
-        raise BadInput(f"--data {path} looks binary (it has NUL bytes); leave it out, e.g. with a glob like 'folder/**/*.txt'")
+    require("\0" not in text, f"--data {path} looks binary (it has NUL bytes); leave it out, e.g. with a glob like 'folder/**/*.txt'")
     return text
 
 
@@ -472,12 +470,10 @@ def learn_bpe(texts, size):
     Works on distinct chunks weighted by their counts, laid end to end in one array; a heap of pair counts, corrected only where a
     merge changed something, replaces the recount after every merge."""
     chunks = Counter(chain.from_iterable(CHUNKS.findall(text) for text in texts))
-    pieces = [(chunk.encode(), n) for chunk, n in chunks.items()]
-    ids = np.concatenate([np.frombuffer(b"\0" + chunk, dtype=np.uint8).astype(np.int32) for chunk, _ in pieces] or [np.zeros(0, np.int32)])
-    lengths = np.array([len(chunk) + 1 for chunk, _ in pieces], dtype=np.int64)
-    ids[np.cumsum(lengths) - lengths] = -1                                                   # -1 separates chunks
-    ids = np.concatenate([ids, np.array([-1, -1], np.int32)])
-    weight = np.concatenate([np.repeat(np.array([n for _, n in pieces], np.int64), lengths), [0, 0]])
+    pieces = [*(b"\xff" + chunk.encode() for chunk in chunks), b"\xff\xff"]                 # no UTF-8 has that byte
+    ids = np.frombuffer(b"".join(pieces), dtype=np.uint8).astype(np.int32)
+    ids[ids == 255] = -1                                                                     # -1 separates chunks
+    weight = np.repeat(np.array([*chunks.values(), 0], np.int64), [len(piece) for piece in pieces])
 
     def pairs_at(at):
         """{(left, right): weight} of the pairs that begin at these positions."""
@@ -518,9 +514,11 @@ def learn_bpe(texts, size):
 
 
 def split(names):
-    """-> names to train on, names held out (none when there are too few files: then the tail of the data is)."""
-    val = [name for name in names if zlib.crc32(name.encode()) % HELD_OUT == 0]
-    return ([name for name in names if name not in set(val)], val) if 0 < len(val) < len(names) else (list(names), [])
+    """-> {"train": names, "val": names held out (none when there are too few files: then the tail of the data is)}."""
+    parts = {"train": [], "val": []}
+    for name in names:
+        parts["train" if zlib.crc32(name.encode()) % HELD_OUT else "val"].append(name)
+    return parts if all(parts.values()) else {"train": [*names], "val": []}
 
 
 def hold_out_tail(arrays):
@@ -533,7 +531,7 @@ def hold_out_tail(arrays):
 
 def open_shards(files, vocab_size):
     opened = {name: open_shard(path, vocab_size) for name, path in files.items()}
-    return hold_out_tail(dict(zip(("train", "val"), ([opened[name] for name in part] for part in split(files)))))
+    return hold_out_tail({part: [opened[name] for name in names] for part, names in split(files).items()})
 
 
 def prepare(train, config, given_model):
@@ -542,19 +540,16 @@ def prepare(train, config, given_model):
     files = find_files(train.data)
     require(files, "this Python comes without its library's source; name your text with --data")
     are_shards = {path.suffix == ".bin" for path in files.values()}
-    if len(are_shards) > 1:
-        raise BadInput("--data mixes .bin shards with text files; give one kind")
+    require(len(are_shards) == 1, "--data mixes .bin shards with text files; give one kind")
     shards, learned = are_shards.pop(), re.fullmatch(r"bpe(\d+)", train.tokenizer)
-    if shards and learned:
-        raise BadInput(f"--data {next(iter(files))} is already token ids; name the tokenizer that made it with --tokenizer")
+    require(not (shards and learned), f"--data {next(iter(files))} is already token ids; name the tokenizer that made it with --tokenizer")
     if learned and not 257 <= int(learned[1]) <= 1 << 20:
         raise BadInput(f"--tokenizer {train.tokenizer}: N must be in 257..{1 << 20} (256 bytes, merges, end of text)")
     tokenizer = None if learned else load_tokenizer(train.tokenizer)
     if not shards:
         texts = {name: text for name, path in files.items() if (text := read_text(path))}
-        if not texts:
-            raise BadInput(f"--data {' '.join(train.data)}: nothing but empty files ({len(files)}); give files with text")
-        parts = dict(zip(("train", "val"), split(texts)))
+        require(texts, f"--data {' '.join(train.data)}: nothing but empty files ({len(files)}); give files with text")
+        parts = split(texts)
     if learned:
         start, size = time.perf_counter(), int(learned[1])
         print(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB",
@@ -562,16 +557,14 @@ def prepare(train, config, given_model):
         tokenizer = Tokenizer.from_ranks(learn_bpe((texts[name] for name in parts["train"]), size - 1))
         print(f", {time.perf_counter() - start:.1f} s")
     config = with_vocabulary(train, config, given_model, tokenizer)
-    if tokenizer.size > config.vocab_size:
-        raise BadInput(f"tokenizer {train.tokenizer} has {tokenizer.size} tokens, more than vocab_size={config.vocab_size}; "
-                       f"raise --vocab_size to {tokenizer.size} or choose a smaller tokenizer")
+    require(tokenizer.size <= config.vocab_size, f"tokenizer {train.tokenizer} has {tokenizer.size} tokens, more than "
+            f"vocab_size={config.vocab_size}; raise --vocab_size to {tokenizer.size} or choose a smaller tokenizer")
     if shards:
         arrays = open_shards(files, config.vocab_size)
     else:
         dtype, end = np.uint16 if config.vocab_size <= 1 << 16 else np.uint32, [] if tokenizer.end is None else [tokenizer.end]
-        encode = lambda names: ([np.concatenate([np.array(tokenizer.encode(texts[name]) + end, dtype=dtype) for name in names])]
-                                if names else [])
-        arrays = hold_out_tail({part: encode(names) for part, names in parts.items()})
+        ids = {part: [np.array(tokenizer.encode(texts[name]) + end, dtype=dtype) for name in names] for part, names in parts.items()}
+        arrays = hold_out_tail({part: [np.concatenate(each)] if each else [] for part, each in ids.items()})
     Data(arrays, train)                                                                      # raises if it is too short
     return tokenizer, config, arrays, shards
 
@@ -600,12 +593,10 @@ def read_data(run, train, config):
         arrays = open_shards(find_files(train.data), config.vocab_size)
     else:
         paths = {part: next((run / "data").glob(f"{part}.*"), None) for part in ("train", "val")}
-        if not all(paths.values()):
-            raise BadInput(f"{run}/data is incomplete; start over with --fresh")
+        require(all(paths.values()), f"{run}/data is incomplete; start over with --fresh")
         arrays = {part: [np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")] for part, path in paths.items()}
     size, was = sum(map(len, arrays["train"])), read_json(run / "train.json").get("train_tokens")
-    if size != was:
-        raise BadInput(f"{run} was started on {was} training tokens, now there are {size}; restore the data or start over with --fresh")
+    require(size == was, f"{run} was started on {was} training tokens, now there are {size}; restore the data or start over with --fresh")
     return arrays
 
 
@@ -632,9 +623,8 @@ class Data:
         self.S, self.seed, self.train, self.val = train.seq_len, train.seed, arrays["train"], arrays["val"]
         self.ends = np.cumsum([max(0, len(part) - 1) // self.S for part in self.train])      # windows up to each part
         require(all(len(part) > 1 for part in self.val), "a held-out part of the data has less than two tokens; add data")
-        if self.ends[-1] < 1:
-            raise BadInput(f"the training data has {sum(map(len, self.train))} tokens, less than one window of --seq_len {self.S} + 1; "
-                           "add data or lower --seq_len")
+        require(self.ends[-1] >= 1, f"the training data has {sum(map(len, self.train))} tokens, less than one window of "
+                f"--seq_len {self.S} + 1; add data or lower --seq_len")
 
     def window(self, k):
         epoch, i = divmod(k, int(self.ends[-1]))
@@ -688,9 +678,7 @@ def choose_layout(train, config, team, counts=None):
                 f"{world} ranks with --replicate {replicate} are one")
         inner = world // replicate                               # each copy is FSDP over its ranks
         require(inner % max(1, ep) == 0, f"--ep {ep} must divide the {inner} ranks of each of the {replicate} copies")
-        train = dataclasses.replace(train, replicate=replicate, ep=ep or 1)
-        reasons = [f"{world} ranks, --sync edit: {replicate} copies of {inner} ranks each, --ep {ep or 1}"]
-        return train, counted(reasons, needs_of(train, config, counts, world, team.device.type == "cpu"))
+        ep = ep or 1
     if not replicate:
         needs = {r: sum(memory_per_rank(config, counts, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
                  for r in (world, world // team.local_size, 1)}
@@ -705,19 +693,17 @@ def choose_layout(train, config, team, counts=None):
         reasons.append(f"ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
                        f"a layer sends {send / 1e6:.0f} MB of tokens, or gathers {gather / 1e6:.0f} MB of experts"))
     train = dataclasses.replace(train, replicate=replicate, ep=ep)
-    return train, counted([f"{world} ranks, --replicate {replicate} --ep {ep}", *reasons],
-                          needs_of(train, config, counts, world, team.device.type == "cpu"))
-
-
-def counted(reasons, needs):
-    return "\n        ".join([*reasons, "GB a rank, counted: " + ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items())])
+    copies = f"--sync edit: {replicate} copies of {world // replicate} ranks each," if train.sync == "edit" else f"--replicate {replicate}"
+    needs = needs_of(train, config, counts, world, team.device.type == "cpu")
+    counted = "GB a rank, counted: " + ", ".join(f"{kind} {n / 1e9:.2g}" for kind, n in needs.items())
+    return train, "\n        ".join([f"{world} ranks, {copies} --ep {ep}", *reasons, counted])
 
 
 def needs_of(train, config, counts, world, cpu):
     """memory_per_rank of a run whose layout is chosen."""
     edit = train.sync == "edit" and world > 1
     tokens = min(train.micro_batch_tokens, max(train.seq_len, train.batch_tokens // world))
-    needs = memory_per_rank(config, counts, *((world // train.replicate, 1) if edit else (world, train.replicate or 1)),
+    needs = memory_per_rank(config, counts, *((world // train.replicate, 1) if edit else (world, min(world, train.replicate or 1))),
                             train.ep or 1, tokens, train.recompute, 4 if cpu else 2)
     if edit:
         needs["anchor, outer momentum, change"] = 3 * needs["weights"]
@@ -810,15 +796,6 @@ def parallelize(model, train, team):
         this.set_modules_to_forward_prefetch(following)
 
 
-def hold_gradients(model, whole, last):
-    """With several micro-batches: whole gradients (DDP) stay where they are until the last one; sharded ones are reduced each time, as
-    there is no room for them, but summed over replicas only once."""
-    if whole:
-        model.set_requires_gradient_sync(last)
-    else:
-        model.set_requires_all_reduce(last)
-
-
 def grad_norm(model, team):
     """L2 norm of the whole gradient (of this replica's), 0-d: the squares of what each rank holds over how many hold the same,
     and one sum."""
@@ -860,8 +837,7 @@ def lr_at(step, train):
 def merge_weights(n, shape):
     """Of n checkpoints, oldest first, so that their mean is what decay would have left: (n,), sum 1. [WSM] A change made between
     checkpoints j-1 and j is in all from j on; its weight, the sum of theirs, is to be the decay at j / n."""
-    at = [DECAY[shape](j / n) for j in range(n + 1)]             # 1 .. 0
-    return [earlier - later for earlier, later in pairwise(at)]
+    return [DECAY[shape](j / n) - DECAY[shape]((j + 1) / n) for j in range(n)]
 
 
 def batch_schedule(train):
@@ -889,19 +865,17 @@ def sequence_seed(seed, step, k):
 # 6. Checkpoints: staged in memory, written beside in the background, made durable, renamed, then pointed to
 
 def training_state(model, optimizer, load, replica=0, outer=None):
-    """Everything a step changes, as a nested dict of tensors and nothing else, so that nothing needs pickling. The moments of other
+    """Everything a step changes, as {name: tensor} and nothing else, so that nothing needs pickling. The moments of other
     replicas than the first have keys of their own; what all share is saved once."""
-    names = {p: name for name, p in model.named_parameters()}
-    state = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:                                                       # before the first step: as AdamW makes it
-                optimizer.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults["fused"] else "cpu"),
-                    "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            state[names[p]] = optimizer.state[p]
-    return ({"model": model.state_dict(), f"replica{replica}" if replica else "optimizer": state, "load": load} |
-            ({"outer": outer} if outer else {}))
+    state = {"load": load} | {f"model.{name}": t for name, t in model.state_dict().items()}
+    state |= {f"outer.{name}": t for name, t in (outer or {}).items()}
+    for name, p in model.named_parameters():
+        moments = optimizer.state[p]
+        if not moments:                                                                      # before the first step: as AdamW makes it
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=p.device if optimizer.defaults["fused"] else "cpu")
+            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state |= {f"{f'replica{replica}' if replica else 'optimizer'}.{name}.{key}": t for key, t in moments.items()}
+    return state
 
 
 class Saver:
@@ -915,13 +889,10 @@ class Saver:
     def save(self, step, about):
         """Copy the state (what training waits for), then write it in the background, with `about`, a dict for JSON."""
         self.wait()
-        copy = lambda tree: {key: copy(t) if isinstance(t, dict) else torch.empty_like(t, device="cpu") for key, t in tree.items()}
-        self.staged = self.staged or copy(self.state)                                        # once: fresh memory is slow to touch
-
-        def fill(tree, staged):
-            for key, t in tree.items():
-                fill(t, staged[key]) if isinstance(t, dict) else local(staged[key]).copy_(local(t))
-        fill(self.state, self.staged)
+        if not self.staged:                                                                  # once: fresh memory is slow to touch
+            self.staged = {key: torch.empty_like(t, device="cpu") for key, t in self.state.items()}
+        for key, t in self.state.items():
+            local(self.staged[key]).copy_(local(t))
         self.saved, self.error = None, f"cannot save a checkpoint of step {step} in {self.run} (its thread died)"  # until it says otherwise
         self.thread = threading.Thread(target=self.write, args=(step, about))
         self.thread.start()
@@ -1072,7 +1043,6 @@ class Spikes:
             return (f"steps {first} to {last}, samples {low} to {high}: {len(row)} spikes in a row, see ledger.jsonl; the last "
                     f"checkpoint is intact: look at these samples, lower --lr from {self.train.lr} and start over with --fresh, "
                     f"or raise --spike_limit from {self.train.spike_limit}")
-        return None
 
 
 class EDiT:
@@ -1103,10 +1073,8 @@ class EDiT:
         self.arrive = torch.compiler.disable(self.arrive)        # not as a decorator: that would import the compiler at every start
         # Ahead of FSDP's own hooks, which gather a block's weights, and the next one's; on an accelerator they do so on a stream that waits
         # for this one only at the start of the model.
-        last = len(blocks)
         for i, module in enumerate([model, *blocks]):
-            upto = i if i == 0 or team.ranks == 1 else i + 1
-            upto = last if team.ranks > 1 and team.device.type != "cpu" else upto
+            upto = i if team.ranks == 1 else i + (i > 0) if team.device.type == "cpu" else len(blocks)
             module.register_forward_pre_hook(lambda *_, upto=upto: self.arrive(upto), prepend=True)
 
     def state(self):
@@ -1214,7 +1182,7 @@ class Trace:
         self.device, self.stem = team.device, folder / f"rank_{team.rank:05d}"
         self.file = open(self.stem.with_suffix(".jsonl"), "ab", buffering=0)
         self.host, self.marks, self.seconds = socket.gethostname(), collections.deque(), Counter()
-        self.steps, self.open, self.profiler = 0, None, None
+        self.steps, self.open, self.profiler = 0, contextlib.ExitStack(), None
 
     def mark(self, phase):
         if self.profiler:
@@ -1239,11 +1207,9 @@ class Trace:
 
     def label(self, phase):
         """Name the phase in the profile."""
-        if self.open:
-            self.open.__exit__(None, None, None)
-        self.open = phase and torch.profiler.record_function(phase)
-        if self.open:
-            self.open.__enter__()
+        self.open.close()
+        if phase:
+            self.open.enter_context(torch.profiler.record_function(phase))
 
     def step(self, step, profile, last=False):
         """After a step. profile: the one after which to profile three, for chrome://tracing or Perfetto. last: write what there is."""
@@ -1272,8 +1238,7 @@ ADVICE |= {"backward": ADVICE["forward"], "optimizer": ADVICE["forward"]}
 
 def report(run):
     """Print where the time of a run went, which rank the others waited for, and what to try."""
-    traces = {int(path.stem[5:]): [*read_log(path)] for path in sorted((Path(run) / "trace").glob("rank_*.jsonl"))}
-    traces = {rank: records for rank, records in traces.items() if records}
+    traces = {int(path.stem[5:]): found for path in sorted((Path(run) / "trace").glob("rank_*.jsonl")) if (found := [*read_log(path)])}
     require(traces, f"--report {run}: no trace there yet; a run writes one after {Trace.EVERY} steps")
     steps = {rank: sum(record["steps"] for record in records) for rank, records in traces.items()}
     spent = {rank: sum((Counter(record["seconds"]) for record in records), Counter()) for rank, records in traces.items()}
@@ -1293,8 +1258,7 @@ def report(run):
             line += f"   rank {slowest} ({host[slowest]}): {1e3 * late[-1][0]:+.1f} ms a step"
         print(line)
     extra, rank, phase = max(late, default=(0, None, None))
-    if extra * max(steps.values()) > 0.03 * whole:
-        cost = extra * max(steps.values())
+    if (cost := extra * max(steps.values())) > 0.03 * whole:
         print(f"slowest: rank {rank} ({host[rank]}) in {phase}, {1e3 * extra:.0f} ms a step more than the others, who waited "
               f"{cost:.1f} s for it, {cost / whole:.0%} of their time\nto try: {ADVICE[phase]}")
     else:
@@ -1392,12 +1356,8 @@ REPORTED = {"ling-plus": (6.35e6, 5.08e6)}    # RMB for 1T tokens [Ling1]: on D,
 def this_device(team):
     """The Device this process runs on. A CPU's peak is measured, by the best of six matmuls."""
     if team.device.type == "cpu":
-        a, b, times = torch.randn(1024, 1024), torch.randn(1024, 1024), []
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        return Device(2 * 1024 ** 3 / min(times), team.memory)
+        a, b = torch.randn(2, 1024, 1024)
+        return Device(2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ b, repeat=6, number=1)), team.memory)
     name = torch.cuda.get_device_name(team.device) if team.device.type == "cuda" else ""
     known = (d for key, d in DEVICES.items()
              if len(key) > 1 and "MIG" not in name and all(re.search(rf"\b{part}\b", name) for part in key.split("-")))
@@ -1424,7 +1384,7 @@ def price(flops, mfu, device):
 
 def resident(most=False, reset=False):
     """Bytes of memory this process holds, or held at most since the last reset; None where the system does not say (Linux does)."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TypeError):
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
         return int(re.search(rf"Vm{'HWM' if most else 'RSS'}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -1939,17 +1899,17 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         if stop and time.monotonic() - min(stop.values()) > 3:   # again, by someone out of patience; torchrun
             os._exit(128 + number)                               # repeats a Ctrl-C at once, meaning nothing by it
         stop.setdefault(number, time.monotonic())
-    signals = {number: signal.signal(number, on_signal)
-               for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")) if number is not None}
-    metrics, status = open(run / "metrics.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0), Status()
-    board = tensorboard()(run / "tensorboard") if train.tensorboard and team.rank == 0 else None
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    signals = {number: signal.signal(number, on_signal) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}    # nohup's
+    logs = (run / "metrics.jsonl", run / "ledger.jsonl") if team.rank == 0 else (os.devnull, os.devnull)
+    metrics, ledger = (open(path, "ab", buffering=0) for path in logs)
+    status, board = Status(), tensorboard()(run / "tensorboard") if train.tensorboard and team.rank == 0 else None
 
     def log(record):
         metrics.write(json.dumps(record).encode() + b"\n")       # a line at once, or not at all
         for key, value in record.items() if board else ():
             if isinstance(value, (int, float)) and key != "step":
                 board.add_scalar(key, value, record["step"])
-    ledger = open(run / "ledger.jsonl" if team.rank == 0 else os.devnull, "ab", buffering=0)
     if not train.compile:
         AllToAll.timer = lambda: trace.inside("exchange")
     watch = Watch(team, train.timeout, trace)
@@ -1995,7 +1955,10 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         load_now = torch.zeros_like(load)
         for part in micro:
             if team.ranks > 1:
-                hold_gradients(model, train.replicate == team.size, last=part is micro[-1])
+                # Whole gradients (DDP) stay where they are until the last micro-batch; sharded ones are reduced each time, as there is no
+                # room for them, but summed over replicas only once.
+                hold = model.set_requires_gradient_sync if train.replicate == team.size else model.set_requires_all_reduce
+                hold(part is micro[-1])
             seeds = [sequence_seed(train.seed, step, k) for k in mine[part]]
             watch.at(step + 1, "forward")
             with autocast():
@@ -2108,25 +2071,21 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     trace.step(step, train.profile, last=True)
     watch.stop()
     AllToAll.timer = contextlib.nullcontext
-    metrics.close()
-    ledger.close()
-    if board:
-        board.close()
+    for file in filter(None, (metrics, ledger, trace.file, board)):
+        file.close()
     for number, handler in signals.items():
         signal.signal(number, handler)
     if team.rank == 0 and tokens_done > tokens_before:
         settle(run, train, config, team, promised, tokens_done - tokens_before, seconds)
     if step < train.steps:
         why = ", ".join(signal.Signals(number).name for number in stop) or "another rank was stopped"
-        status.note(f"{why}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
-        return 0
+        return status.note(f"{why}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
     if team.size == 1:                                           # a sharded model would gather all its weights for every token
         prompt = "" if train.data else "def read"
         text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.8, min_p=0.05,
                        stop_ids=(tokenizer.end,))
         print(f"\nsample, after {prompt!r}:\n{prompt}{text}\n")
     finished(run, step)
-    return 0
 
 
 @torch.no_grad()
@@ -2186,6 +2145,8 @@ def start_run(run, train, config, given_model, continues, replicas):
         for leftover in run.glob("tmp_*"):
             shutil.rmtree(leftover)
         return
+    foreign = next(chain.from_iterable(run.glob(name) for name in ("data", "tokenizer.*", "step_*")), None)
+    require(not foreign or (run / "train.json").exists(), f"--out {run}: {foreign} is there, but no run of train.py; choose another folder")
     tokenizer, config, arrays, shards = prepare(train, config, given_model)
     # fp32 weights and two moments; with --sync edit moments of each replica, and the outer momentum
     size = (12 if replicas == 1 else 8 + 8 * replicas) * sum(count_params(config)[kind] for kind in ("total", "mtp"))
@@ -2193,14 +2154,15 @@ def start_run(run, train, config, given_model, continues, replicas):
     require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more "
             f"than the {room / 1e9:.2f} GB free; make room, lower --keep, or choose another --out")
     run.mkdir(parents=True, exist_ok=True)
-    for leftover in [*run.glob("tokenizer.*"), *(run / "data").glob("*")]:                   # of a start that was killed
+    write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__,
+                                    "train_tokens": sum(map(len, arrays["train"]))})         # first: what is there from now on is ours
+    for leftover in run.glob("tokenizer.*"):                                                 # of a start that was killed
         leftover.unlink()
+    shutil.rmtree(run / "data", ignore_errors=True)
     if tokenizer.file:
         write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
     if not shards:
         write_data(run, arrays)
-    write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__,
-                                    "train_tokens": sum(map(len, arrays["train"]))})
     write_json(run / "config.json", config.to_dict())                                        # last: its presence makes this a run
 
 
@@ -2248,9 +2210,12 @@ def main(argv=None):
     team, layout, asked = Team(train.device), "", train   # what was asked for is what a run keeps: another number of ranks fills it in anew
     require(team.size > 1 or train.sync == "step", "--sync edit is for copies that train on their own: "
             "start several processes with torchrun, or go on with --sync step")
+    require(not (train.fresh and team.restarts), "--fresh would start over at each restart by torchrun; give a new --out instead")
     if team.size > 1:
         train, layout = choose_layout(train, config, team)                                   # raises before anything is connected
     team.connect(train.timeout)
+    replicate, ep, layout = team.first(lambda: [train.replicate, train.ep, layout])          # hosts may differ in memory: one decides
+    train = dataclasses.replace(train, replicate=replicate, ep=ep)
     if train.sync == "edit":
         team.split(train.replicate)
     run = Path(team.first(lambda: str(run)))                                                 # of --fresh there may be two minds
@@ -2271,7 +2236,6 @@ def main(argv=None):
         train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout,
                   forecast(train, config, team, base))
     team.close()
-    return 0
 
 
 if __name__ == "__main__":
