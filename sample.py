@@ -105,10 +105,8 @@ def load_tokenizer(spec):
         if (path / "train.json").exists():
             return load_tokenizer(str(read_json(path / "train.json").get("tokenizer")))
         raise BadInput(f"{path} has no tokenizer.json or tokenizer.tiktoken; name one with --tokenizer")
-    if path.suffix == ".json" and path.exists():
-        return released_tokenizer(path)
     if path.exists():
-        return Tokenizer.from_ranks(read_ranks(path))
+        return released_tokenizer(path) if path.suffix == ".json" else Tokenizer.from_ranks(read_ranks(path))
     if spec not in tiktoken.list_encoding_names():
         raise BadInput(f"tokenizer {spec!r} is not a file, bytes, bpeN or one of {', '.join(tiktoken.list_encoding_names())}")
     try:
@@ -142,7 +140,7 @@ def released_tokenizer(path):
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
         specials = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
         steps = raw["pre_tokenizer"].get("pretokenizers", [raw["pre_tokenizer"]])
-        pattern = next((step["pattern"]["Regex"] for step in steps if step["type"] == "Split"), PATTERN)
+        [pattern] = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]  # none: ByteLevel's own, GPT-2's
         nfc = "NFC" in json.dumps(raw.get("normalizer"))
         # GPT-2's alphabet: printable bytes stand for themselves, the rest for code points from 256 on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -151,6 +149,7 @@ def released_tokenizer(path):
         to_bytes = lambda token: bytes(alphabet[c] for c in token)
         ranks = {to_bytes(token): rank for token, rank in vocab.items() if token not in specials}
         pairs = [(to_bytes(a), to_bytes(b)) for a, b in merges]
+        require(all(bytes([b]) in ranks for b in range(256)), "not every byte is a token")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     order = [ranks.get(a + b, -1) for a, b in pairs]
@@ -225,8 +224,7 @@ def render_v2(messages, thinking, tools):
     if tools:
         yield ("# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
                "You are provided with function signatures within <tools></tools> XML tags:\n<tools>", True)
-        for tool in tools:
-            yield "\n" + dump(tool), False
+        yield "".join("\n" + dump(tool) for tool in tools), False
         yield ("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
                '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
                "</tool_call>\n", True)
@@ -280,7 +278,7 @@ def split_calls(text):
     content, *calls = re.split(r"\n?<tool_call>\n?", text)
     try:
         calls = [json.loads(call.partition("</tool_call>")[0]) for call in calls]
-    except ValueError:
+    except (ValueError, RecursionError):
         calls = None
     return {"content": content, "tool_calls": calls} if are_calls(calls) else {"content": text}
 
@@ -525,7 +523,7 @@ class Engine:
     @torch.inference_mode()                                      # a fifth faster than no_grad where calls are what takes the time
     def serve(self, requests):
         """Yields a request whenever it has a new token in ids, or `finish` is set. Raises BadInput if one cannot fit, before any work."""
-        waiting, running, crowded = collections.deque(requests), [], False
+        waiting, running, work, crowded = collections.deque(requests), [], [], False
         for request in waiting:
             self.check(request)
         try:
@@ -549,8 +547,10 @@ class Engine:
                 running = [request for request in running if not request.finish]
                 self.keep(finished)
                 crowded = crowded and not finished
-        finally:
-            self.keep(running)                                   # the caller has seen enough
+        finally:                                                 # the caller has seen enough
+            for request, start, _ in work if self.speculate else ():
+                request.done = min(request.done, start)          # what this pass has read has no MTP keys yet
+            self.keep(running)
 
     def guesses(self):
         """What there is to report about speculation."""
@@ -653,19 +653,18 @@ class Engine:
 
 
 def generate(model, prompt, tokens, seed=0, stop_ids=(), **sampling):
-    """Yield (id, load) for up to `tokens` new tokens after `prompt`, a list of ids; load (MoE layers, E) of the pass that
-    produced it. Stops before an id of stop_ids. Raises BadInput when the text would outgrow the model's positions."""
-    engine = Engine(model, len(prompt) + tokens, batch=1, chunk=max(1, len(prompt) - 1))     # the pass that draws a token is for it alone
+    """Yield up to `tokens` new ids after `prompt`, a list of ids. Stops before an id of stop_ids. Raises BadInput when the text would
+    outgrow the model's positions."""
     request = Request([*prompt], tokens, seed=str(seed), sampling=sampling, stop_ids=frozenset(stop_ids))
-    for n, _ in enumerate(engine.serve([request]), start=len(prompt) + 1):
+    for n, _ in enumerate(Engine(model, request.limit, batch=1).serve([request]), start=len(prompt) + 1):
         if len(request.ids) == n:
-            yield request.ids[-1], model.stack_loads(engine.routings)
+            yield request.ids[-1]
 
 
 def text_of(model, tokenizer, prompt, tokens, **kwargs):
     """The continuation of `prompt` as one string."""
     ids = tokenizer.encode(prompt) or [tokenizer.end or 0]
-    return b"".join(tokenizer.bytes_of(t) for t, _ in generate(model, ids, tokens, **kwargs)).decode("utf-8", "replace")
+    return b"".join(tokenizer.bytes_of(t) for t in generate(model, ids, tokens, **kwargs)).decode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -680,6 +679,19 @@ SETTINGS = {                     # flags that a line of --prompts may also set f
     "repetition_penalty": (float, 1.0, "above 1: seen tokens become less likely", lambda r: 0.01 <= r <= 100, "in 0.01..100"),
     "seed": (int, 0, "same seed, same text", lambda seed: 0 <= seed < 1 << 63, "in 0..2^63 - 1"),
 }
+
+
+def settings(args, given={}, where="--"):
+    """-> SETTINGS and the texts to stop at: those of `given`, else of the flags. Raises BadInput."""
+    chosen = {key: given.get(key, getattr(args, key)) for key in SETTINGS}
+    for key, (kind, _, _, holds, words) in SETTINGS.items():
+        value = chosen[key]
+        require(isinstance(value, (int, kind)) and not isinstance(value, bool) and holds(value),
+                f"{where}{key} {value} must be {words}" + " and whole" * (kind is int))
+    stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", args.stop)
+    require(isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops),
+            f"{where}stop must be texts that are not empty")
+    return chosen, tuple(stops)
 
 
 class Desk:
@@ -698,9 +710,8 @@ class Desk:
         return Engine(self.model, min(positions, int(self.args.cache_gb * 1e9) // each), self.args.batch, chunk, self.args.speculate)
 
     def encode(self, text):
-        ids = self.tokenizer.encode(text) or ([self.tokenizer.end] if self.tokenizer.end is not None else None)
-        require(ids is not None, "this tokenizer has no <|endoftext|> to start from; give a text that is not empty")
-        return ids
+        require(text or self.tokenizer.end is not None, "this tokenizer has no <|endoftext|> to start from; give a text that is not empty")
+        return self.tokenizer.encode(text) or [self.tokenizer.end]
 
     def encode_chat(self, messages, tools=()):
         self.style = self.style or chat_style(self.folder, self.model.config, self.tokenizer)
@@ -709,17 +720,10 @@ class Desk:
 
     def request(self, ids, given={}, where="--", name=None):
         """A request to continue ids; `given` may set SETTINGS and "stop", where the flags do not hold. Raises BadInput."""
-        chosen = {key: given.get(key, getattr(self.args, key)) for key in SETTINGS}
-        for key, (kind, _, _, holds, words) in SETTINGS.items():
-            value = chosen[key]
-            require(isinstance(value, (int, kind)) and not isinstance(value, bool) and holds(value),
-                    f"{where}{key} {value} must be {words}" + " and whole" * (kind is int))
-        stops = [given["stop"]] if isinstance(given.get("stop"), str) else given.get("stop", self.args.stop)
-        require(isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops),
-                f"{where}stop must be texts that are not empty")
+        chosen, stops = settings(self.args, given, where)
         seed = str(chosen.pop("seed")) + ("" if name is None else f"/{name}")
         return Request(ids, chosen.pop("tokens"), seed=seed, sampling=chosen, stop_ids=self.stop_ids, bytes_of=self.tokenizer.bytes_of,
-                       stream=Stream(tuple(stops)), where=where if given else "")
+                       stream=Stream(stops), where=where if given else "")
 
     def prompt_job(self, line, where, name):
         """A line of --prompts -> [request], and what to report of it when it is finished."""
@@ -759,9 +763,9 @@ class Desk:
                     for group, text in zip(groups, texts)]
             if "choices" not in line:
                 return rows[0] | {"bits_per_byte": -rows[0]["logprob"] / rows[0]["bytes"] / math.log(2)}
-            best = {key: max(range(len(rows)), key=lambda i: of(rows[i])) for key, of in
-                    (("best", lambda row: row["logprob"]), ("best_per_byte", lambda row: row["logprob"] / row["bytes"]))}
-            return {"choices": rows} | best | ({"correct": best["best"] == answer} if "answer" in line else {})
+            best = max(range(len(rows)), key=lambda i: rows[i]["logprob"])
+            per_byte = max(range(len(rows)), key=lambda i: rows[i]["logprob"] / rows[i]["bytes"])
+            return {"choices": rows, "best": best, "best_per_byte": per_byte} | ({"correct": best == answer} if "answer" in line else {})
         return [request for group in groups for request in group], report
 
 
@@ -771,7 +775,7 @@ class Desk:
 def one_text(desk, prompt, show_routing):
     ids = desk.encode(prompt)
     request, n = desk.request(ids), len(ids)
-    engine = desk.engine(request.limit, max(1, n - 1) if show_routing else None)             # as in generate
+    engine = desk.engine(request.limit, max(1, n - 1) if show_routing else None)             # the pass that draws is its own
     engine.check(request)
     print(prompt, end="", flush=True)
     start, shown = time.perf_counter(), 0
@@ -818,7 +822,7 @@ def chat(desk, tools):
             with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine.serve([request])) as news:
                 for _ in news:
                     new, shown = request.text[shown:], len(request.text)
-                    thinks = terminal and "</think>" not in request.text and "<think>" in request.text
+                    thinks = sys.stdout.isatty() and "</think>" not in request.text and "<think>" in request.text
                     print(f"\033[2m{new}\033[0m" if thinks and new else new, end="", flush=True)
         except BadInput as error:
             print(f"{error}", file=sys.stderr)
@@ -849,7 +853,8 @@ def answer_file(desk, path, out, make):
     order."""
     known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text"}
     weights = [(str(file), file.stat().st_mtime_ns) for file in sorted(desk.folder.resolve().glob("*"))
-               if file.suffix == ".safetensors" or file.name == "latest"]
+               if file.suffix in (".safetensors", ".jinja", ".tiktoken")
+               or file.name in ("latest", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")]
     flags = [weights, make.__name__] + [getattr(desk.args, name) for name in (*SETTINGS, "stop", "think", "dtype", "tokenizer")]
     answers, heads, jobs = answers_so_far(out), {}, []
     for number, line in read_lines(path):
@@ -959,8 +964,7 @@ def pick_device(name):
 
 def newest_run(root=Path("runs")):
     runs = [run for run in root.glob("*") if (run / "config.json").exists() and any(run.glob("step_*"))]
-    if not runs:
-        raise BadInput(f"no run with a checkpoint under {root}/; train one with python train.py, or give a folder")
+    require(runs, f"no run with a checkpoint under {root}/; train one with python train.py, or give a folder")
     return max(runs, key=lambda run: max(step.stat().st_mtime for step in run.glob("step_*")))
 
 
@@ -1033,19 +1037,18 @@ def main(argv=None):
     require(not args.show_routing or modes in ([], ["prompt"]), f"--show_routing does not go with --{''.join(modes)}")
     tools = read_json(args.tools) if args.tools else []
     require(isinstance(tools, list), f"{args.tools} must hold a JSON list of functions")
+    settings(args)                                               # wrong flags are told before the weights are read
     folder = Path(args.model) if args.model else newest_run()
     device = pick_device(args.device)
     if args.checksums:
         verify_checksums(folder)
     model, tokenizer = model_and_tokenizer(folder, args.tokenizer, getattr(torch, args.dtype) if args.dtype else None, device)
     desk = Desk(folder, model, tokenizer, args)
-    desk.request([0])                                            # flags are checked before anything is read or printed
     if args.chat:
         return chat(desk, tools)
-    if args.prompts is not None:
-        return answer_file(desk, args.prompts, args.out, desk.prompt_job)
-    if args.score is not None:
-        return answer_file(desk, args.score, args.out, desk.score_job)
+    for path, make in ((args.prompts, desk.prompt_job), (args.score, desk.score_job)):
+        if path is not None:
+            return answer_file(desk, path, args.out, make)
     prompt = args.prompt if args.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     return one_text(desk, prompt, args.show_routing)
 

@@ -1206,6 +1206,13 @@ def test_released_tokenizer(tmp_path):
     path.write_text(json.dumps(released_json([("a", "b"), ("c", "d")], {"ab": 257, "cd": 256})))
     with pytest.raises(BadInput, match="do not follow"):
         sample.load_tokenizer(str(path))
+    gpt2 = released_json([]) | {"pre_tokenizer": {"type": "ByteLevel"}}                      # which cuts words by a pattern of its own
+    lacking = released_json([("a", "b")])
+    lacking["model"]["vocab"] = {token: i for i, token in enumerate([*list(lacking["model"]["vocab"])[1:], "abc"])}
+    for bad in (gpt2, lacking):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(BadInput, match="not a byte-level BPE tokenizer.json"):
+            sample.load_tokenizer(str(path))
 
 
 def varied_strings(n):
@@ -1274,7 +1281,7 @@ def test_sampling_filters_by_hand():
     assert support(min_p=0.25) == {0, 1, 2}
     assert sample.next_token(logits, torch.tensor([0]), None, temperature=0, repetition_penalty=3.0) == 1
     model = Ling(LingConfig(**TINY))
-    draw = lambda seed: [token for token, _ in sample.generate(model, [1], 20, seed=seed)]
+    draw = lambda seed: [token for token in sample.generate(model, [1], 20, seed=seed)]
     assert draw(3) == draw(3) != draw(4)
     torch.nn.init.zeros_(model.lm_head.weight)
     assert len(set(draw(3))) > 10                                # each position draws anew
@@ -1386,7 +1393,7 @@ PROMPTS[9], TOKENS[3], TOKENS[8], TOKENS[13] = PROMPTS[8], 0, 0, 0              
 @functools.cache
 def served_alone(generation):
     model = Ling(LingConfig(**{"ling1": LING1, "ling2": LING2}[generation])).eval()
-    texts = [[[token for token, _ in sample.generate(model, prompt, n, seed=f"0/{i}", **sampling)]
+    texts = [[[token for token in sample.generate(model, prompt, n, seed=f"0/{i}", **sampling)]
               for i, (prompt, n) in enumerate(zip(PROMPTS, TOKENS))] for sampling in SAMPLINGS]
     with torch.no_grad():
         tables = [model(torch.tensor([prompt])).logits[0].log_softmax(-1) for prompt in PROMPTS]
@@ -1463,6 +1470,11 @@ def test_speculation_changes_nothing_but_the_time():
             keys = [engine.cache.keys[:, 0, request.slots[:request.done]] for engine, request in ((fast, mine), (fresh, theirs))]
             torch.testing.assert_close(*keys, atol=1e-5, rtol=0)
         assert (fast.accepted, fast.guessed) == (fresh.accepted, fresh.guessed) and fast.shared > 40 and not fresh.shared
+    stopped = sample.Engine(model, 2000, speculate=True)
+    news = stopped.serve([sample.Request(prompts[0], 9)])
+    next(news)
+    news.close()                                                 # as Ctrl-C does to a chat: what was read has no MTP keys yet
+    assert stopped.kept[0].done == 0
     with pytest.raises(BadInput, match="no MTP block"):
         sample.Engine(Ling(LingConfig(**LING1)), 100, speculate=True)
 
@@ -1521,6 +1533,10 @@ def test_many_prompts_survive_kills(weights):
     for argv, words in ((["--seed", "1"], "another prompt, model or setting"), (["--tokens", "0"], "tokens 0 must be at least 1")):
         code, _, err = cli(sample, *command, *argv)
         assert code == 2 and words in err and Path("out.jsonl").read_bytes() == before, err
+    template = Path("m/chat_template.jinja")
+    template.write_text("another")                               # changes what a message becomes, not the weights
+    assert "another prompt, model or setting" in cli(sample, *command)[2]
+    template.unlink()
     Path("notes").write_text("precious")
     assert cli(sample, "m", "--prompts", "in.jsonl", "--out", "notes")[0] == 2 and Path("notes").read_text() == "precious"
     write_lines(weights / "more.jsonl", [{"id": "new", "prompt": "x", "tokens": 2}])
@@ -1772,6 +1788,31 @@ def test_a_run_outlives_its_shell(folder, monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     code, out, _ = cli(train, *FLAGS, "--steps", "4")
     assert code == 0 and "finished: 4 steps" in out, out
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)       # this is how nohup tells
+    batch = train.Data.batch
+    monkeypatch.setattr(train.Data, "batch", lambda *args: os.kill(os.getpid(), signal.SIGHUP) or batch(*args))
+    try:
+        code, out, _ = cli(train, *FLAGS, "--steps", "8")
+    finally:
+        signal.signal(signal.SIGHUP, hang_up)
+    assert code == 0 and "finished: 8 steps" in out, out
+
+
+def test_a_start_writes_over_nothing(folder):
+    """--out in a folder that holds the corpus, or anything else that a run would keep there: deleted as leftovers of a start."""
+    (folder / "mine/data").mkdir(parents=True)
+    shutil.copy("text.txt", "mine/data/text.txt")
+    for json_ in (None, "{}"):
+        if json_:
+            (folder / "mine/train.json").write_text(json_)
+        code, _, err = cli(train, *FLAGS, "--data", "mine/data", "--out", "mine")
+        assert code == 2 and "mine/data is there" in err and (folder / "mine/data/text.txt").exists()
+    assert cli(train, *FLAGS, "--steps", "2")[0] == 0
+    (folder / "runs/toy/config.json").unlink()                   # as a start that was killed leaves it
+    shutil.rmtree("runs/toy/step_00000002")
+    assert cli(train, *FLAGS, "--steps", "2")[0] == 0
 
 
 def test_damaged_checkpoints(folder):
@@ -1888,6 +1929,7 @@ def test_bad_resume_and_bad_sampling(folder):
     closed = subprocess.run(["bash", "-c", f"{sys.executable} {HERE / 'sample.py'} runs/toy --tokens 2 <&- >&-"],
                             capture_output=True, text=True)
     assert closed.returncode == 0 and "2 tokens in" in closed.stderr, closed.stderr
+    assert "--temperature -1.0 must be" in cli(sample, "nowhere", "--temperature", "-1")[2]  # not only after gigabytes were read
     (folder / "runs/toy/config.json").rename(folder / "runs/toy/config.moved")
     code, _, err = cli(sample, "runs/toy")
     assert code == 2 and "no config.json" in err

@@ -2146,7 +2146,8 @@ def start_run(run, train, config, given_model, continues, replicas):
             shutil.rmtree(leftover)
         return
     foreign = next(chain.from_iterable(run.glob(name) for name in ("data", "tokenizer.*", "step_*")), None)
-    require(not foreign or (run / "train.json").exists(), f"--out {run}: {foreign} is there, but no run of train.py; choose another folder")
+    require(not foreign or "train_tokens" in (read_json(run / "train.json") if (run / "train.json").exists() else {}),
+            f"--out {run}: {foreign} is there, but no run of train.py, which would write there; choose another folder")
     tokenizer, config, arrays, shards = prepare(train, config, given_model)
     # fp32 weights and two moments; with --sync edit moments of each replica, and the outer momentum
     size = (12 if replicas == 1 else 8 + 8 * replicas) * sum(count_params(config)[kind] for kind in ("total", "mtp"))
