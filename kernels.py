@@ -3,7 +3,7 @@
     python kernels.py                       # parity and speed of every op on this machine, as a table
     python kernels.py --bench               # on a GPU: every kernel against its goal, its rivals and its floor; decoding, whole models
     python kernels.py --compile-check       # registers and spills of every GPU kernel, on a machine without a GPU
-    python kernels.py --fingerprint a.json  # ten steps of two tiny models, noted op by op [--dtype bfloat16] [--device NAME]
+    python kernels.py --fingerprint a.json  # ten steps of two tiny models, the first op by op [--dtype bfloat16] [--device NAME]
     python kernels.py --compare a.json b.json   # two machines: the first op, layer and direction that more than rounding tells apart
     LING_KERNELS=auto|torch|fused           # auto: fast where it applies; torch: definitions only; fused: never fall back
 
