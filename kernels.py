@@ -104,7 +104,7 @@ def infers(x):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"         # the test suite: kernels run on a CPU, slowly, with small tiles
 
 # Tiles of the grouped matmuls: (least rows per expert, BM rows, BN columns, BK depth, warps, stages), the first that applies. A
-# static table: no autotuning pauses. Chosen by what spills no register (--compile-check); not yet measured on a GPU.
+# static table: no autotuning pauses. Chosen by what spills no register in bf16 (--compile-check); not yet measured on a GPU.
 TILES = {
     "hopper": {"up": ((384, 128, 128, 64, 8, 3), (0, 64, 64, 64, 4, 3)),
                "matmul": ((384, 128, 256, 64, 8, 3), (0, 64, 128, 64, 4, 3)),
@@ -121,15 +121,16 @@ TILES = {
 
 @functools.cache
 def family():
-    """Row of TILES for the GPU at hand; newer than Hopper counts as Hopper."""
-    return "amd" if torch.version.hip else "ampere" if torch.cuda.get_device_capability() < (9, 0) else "hopper"
+    """Row of TILES for the GPU at hand: Hopper's also for B200, Ampere's for RTX 50, which has as little shared memory."""
+    return "amd" if torch.version.hip else "hopper" if (9, 0) <= torch.cuda.get_device_capability() < (12, 0) else "ampere"
 
 
 def tile(kernel, rows, dtype):
     """Tile of a grouped matmul with so many rows per expert, as keyword arguments of its launch."""
     if INTERPRETED:
         return dict(BM=16, BN=32, BK=16)
-    _, BM, BN, BK, warps, stages = next(entry for entry in TILES[family()][kernel] if rows >= entry[0])
+    row = "ampere" if family() == "hopper" and dtype.itemsize == 4 else family()             # Hopper's spill where no tensor core helps
+    _, BM, BN, BK, warps, stages = next(entry for entry in TILES[row][kernel] if rows >= entry[0])
     return dict(BM=BM, BN=BN, BK=BK * 2 // dtype.itemsize, num_warps=warps, num_stages=stages)    # fp32 takes twice the shared memory
 
 
@@ -348,7 +349,7 @@ class _RopeGPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, r, weight, eps):
         if x.stride() != (x.shape[1] * x.stride(1), x.stride(1), x.shape[3], 1):             # else a view of the fused projection
-            x = x.contiguous()
+            x = x.contiguous().view(x.shape)                     # view: strides of its shape, also of a dimension of size 1
         ctx.save_for_backward(x, cos, sin, weight)
         ctx.r, ctx.eps, y = r, eps, x.new_empty(x.shape)
         _RopeGPU.launch(rope_kernel, (x, cos, sin, weight, y), x, r, weight, eps)
@@ -440,7 +441,7 @@ def attend_kernel(q, keys, values, table, at, out, weight, n, S, part, scale, H:
     queries = tl.load(q + row[:, None] * d + c[None, :], mask=ok[:, None] & cols, other=0.0)
     last = tl.load(at + token, mask=ok, other=-1)
     end = tl.minimum((split + 1) * part, tl.max(last, 0) + 1)
-    top, total, acc = tl.full((RP,), -float("inf"), tl.float32), tl.zeros((RP,), tl.float32), tl.zeros((RP, dp), tl.float32)
+    top, total, acc = tl.full((RP,), -1e30, tl.float32), tl.zeros((RP,), tl.float32), tl.zeros((RP, dp), tl.float32)
     for start in range(split * part, end, BS):
         s = start + tl.arange(0, BS)
         slot = tl.load(table + request * S + s, mask=s < end, other=0)
@@ -448,8 +449,7 @@ def attend_kernel(q, keys, values, table, at, out, weight, n, S, part, scale, H:
         scores = tl.dot(queries, tl.trans(tl.load(keys + where, mask=there, other=0.0)), input_precision="ieee") * scale     # (RP,BS)
         scores = tl.where(s[None, :] <= last[:, None], scores, -float("inf"))
         new = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new == -float("inf"), 0.0, new)                                      # a query may see nothing of this part
-        p, shrink = tl.exp(scores - base[:, None]), tl.exp(top - base)
+        p, shrink = tl.exp(scores - new[:, None]), tl.exp(top - new)                         # zeros for a query that sees nothing of it
         v = tl.load(values + where, mask=there, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top, total = new, total * shrink + tl.sum(p, 1)
@@ -554,7 +554,7 @@ def swiglu_backward_kernel(dy, gate_up, dx, N, F, BLOCK: tl.constexpr):
     tl.store(dx + at + F, dz * gate * s, mask=i < N)
 
 
-@swiglu.fused(when=on_gpu)
+@swiglu.fused(when=lambda x: on_gpu(x))
 class _SwiGLUGPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
@@ -605,9 +605,6 @@ def route(logits, expert_bias, k, n_group, topk_group, score_function, norm_topk
     return weights * scale, experts, scores
 
 
-route.fused(when=lambda logits, *_: logits.device.type == "cpu")(route.reference)
-
-
 @jit
 def route_kernel(logits, bias, weights, chosen, scores, T, scale, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
                  GROUPS: tl.constexpr, GP: tl.constexpr, KEPT: tl.constexpr, SOFTMAX: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
@@ -621,7 +618,8 @@ def route_kernel(logits, bias, weights, chosen, scores, T, scale, E: tl.constexp
     else:
         s = tl.sigmoid(l)
     tl.store(scores + at, s, mask=ok)
-    choice = tl.where(ok, s + tl.load(bias + e, mask=e < E, other=0.0) if BIAS else s, -float("inf"))
+    choice = s + tl.load(bias + e, mask=e < E, other=0.0) if BIAS else s
+    choice = tl.where(ok, tl.where(choice == choice, choice, -1e30), -float("inf"))          # of NaN, argmax may name an expert past E
     if GROUPS > 1:
         group, g = e // (E // GROUPS), tl.arange(0, GP)[None, :]
         group_score = tl.full((BT, GP), -float("inf"), tl.float32)
@@ -670,7 +668,7 @@ def route_backward_kernel(dweights, dscores, chosen, scores, dlogits, T, scale, 
     tl.store(dlogits + at, dl, mask=ok)
 
 
-@route.fused(when=on_gpu)
+@route.fused(when=lambda logits, *_: on_gpu(logits))
 class _RouteGPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, expert_bias, k, n_group, topk_group, score_function, norm_topk_prob, scale):
@@ -692,6 +690,9 @@ class _RouteGPU(torch.autograd.Function):
         launch(route_backward_kernel, (cdiv(T, 4),), dweights.contiguous(), dscores.contiguous(), chosen, scores, dlogits, T, ctx.scale,
                **ctx.constants)
         return dlogits, *[None] * 7
+
+
+route.fused(when=lambda logits, *_: logits.device.type == "cpu")(route.reference)
 
 
 @case("route")
@@ -833,9 +834,10 @@ class _Experts(torch.autograd.Function):
 
 
 # On a GPU: a counting sort, then four grouped matmuls with the gathers in their prologues and SwiGLU, its gradient and the routing
-# weight's in their epilogues, and a sum of k gathered rows. Saved: x, the pre-activations and the routing, as on a CPU. The routing
-# weight multiplies F columns before the down matmul, so one kernel sums rows forward (and the shared experts' output with them) and
-# backward, and grouped_mm with its separate SwiGLU has no place left where Triton runs. Not yet measured on a GPU.
+# weight's in their epilogues, and a sum of k gathered rows. Saved: x, the pre-activations, the routing, and, under autocast without
+# FSDP, the weights' 16-bit copies. The routing weight multiplies F columns before the down matmul, so one kernel sums rows forward
+# (and the shared experts' output with them) and backward, and grouped_mm with its separate SwiGLU has no place left where Triton
+# runs. Not yet measured on a GPU.
 
 @jit
 def count_kernel(keys, counts, R, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
@@ -1148,16 +1150,16 @@ def cross_entropy_kernel(logits, targets, losses, V, BV: tl.constexpr):
     """One row: its loss in fp32, and the logits overwritten by their gradient, softmax - onehot (zeros for an ignored target)."""
     t = tl.program_id(0).to(tl.int64)
     row, target, c = logits + t * V, tl.load(targets + t), tl.arange(0, BV)
-    top, total = tl.full((BV,), -float("inf"), tl.float32), tl.zeros((BV,), tl.float32)
+    at_target = tl.load(row + tl.maximum(target, 0)).to(tl.float32)                          # now: another warp overwrites it below
+    top, total = tl.full((BV,), -1e30, tl.float32), tl.zeros((BV,), tl.float32)
     for i in range(0, V, BV):                                                                # online softmax, a lane at a time
         l = tl.load(row + i + c, mask=i + c < V, other=-float("inf")).to(tl.float32)
         new = tl.maximum(top, l)
-        total = total * tl.exp(top - tl.where(new == -float("inf"), 0.0, new)) + tl.exp(l - tl.where(new == -float("inf"), 0.0, new))
-        top = new
+        top, total = new, total * tl.exp(top - new) + tl.exp(l - new)
     most = tl.max(top, 0)
     lse = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
     counted = target >= 0
-    at_target = tl.load(row + tl.maximum(target, 0)).to(tl.float32)
+    tl.debug_barrier()                                                                       # all have read before one writes
     tl.store(losses + t, tl.where(counted, lse - at_target, 0.0))
     for i in range(0, V, BV):
         l = tl.load(row + i + c, mask=i + c < V, other=-float("inf")).to(tl.float32)
@@ -1193,6 +1195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dweight.addmm_(logits.T, x[chunk])
                 else:
                     dweight += torch.mm(logits.T, x[chunk])
+            del logits                                                                       # or the next chunk's are made beside it
         if norm_head and wants_x:
             dx.mul_(scale)                                                                   # dweight has it through x
         ctx.save_for_backward(dx, dweight if dweight is None else dweight.to(weight.dtype))
@@ -1245,15 +1248,16 @@ def to_device(args, device):
     return [a.to(device) if torch.is_tensor(a) else a for a in args]
 
 
-def parity(name, scale=8, device="cpu"):
-    """(error of the op, error of its definition) in fp32, both against the definition in fp64: max|d| / max|exact|, worst of
+def parity(name, scale=8, device="cpu", dtype=torch.float32):
+    """(error of the op, error of its definition) in dtype, both against the definition in fp64: max|d| / max|exact|, worst of
     all outputs and gradients. A twin is right when its error is of the size of the definition's own rounding."""
     torch.manual_seed(0)
-    args = to_device(CASES[name](scale), device)
+    args = to_device(CASES[name](scale, dtype), device)
     to64 = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-    exact = grads(OPS[name].reference, to64)
+    ordered = lambda fn: lambda *args: (*in_order(fn(*args)).values(),)
+    exact = grads(ordered(OPS[name].reference), to64)
     error = lambda got, want: float((got - want).detach().abs().max() / want.detach().abs().max().clamp(min=1e-30))
-    return tuple(max(map(error, grads(fn, args), exact)) for fn in (OPS[name], OPS[name].reference))
+    return tuple(max(map(error, grads(ordered(fn), args), exact)) for fn in (OPS[name], OPS[name].reference))
 
 
 def bench(fns, repeats=15):

@@ -198,6 +198,17 @@ def test_every_op_has_a_case():
     assert all(f"# {'-' * 118}\n# {name}: " in source for name in kernels.OPS)
 
 
+def test_every_predicate_takes_its_ops_arguments(monkeypatch):
+    """On a machine with a GPU, the first call of an op ends in a TypeError; on this one another twin is asked first, or none."""
+    asked = []
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: asked.append(x) or False)
+    for name, op in kernels.OPS.items():
+        args = kernels.CASES[name](32)
+        for when, _ in op.twins:
+            assert isinstance(when(*args), bool), name
+    assert len(asked) >= 7                                       # on_gpu is looked up when it is called, so that tests can replace it
+
+
 @pytest.mark.parametrize("name", kernels.CASES)
 def test_parity(name):
     """A fast path that is wrong, or less precise than rounding explains: values and every gradient, against fp64."""
@@ -2776,6 +2787,9 @@ def gpu_bench(tiny=False):
                 torch.cuda.set_sync_debug_mode("default")
         yield "MoE layer, forward and backward, without a host sync", ">= 1", 1, None
         yield "  two runs, same bits", ">= 1", int(all(torch.equal(a, b) for a, b in zip(first, second))), None
+        for name in () if tiny else ("experts", "rope", "swiglu", "linear_cross_entropy"):   # in this dtype, with the large tiles
+            error, own = kernels.parity(name, 1, device, dtype)
+            yield f"  {name}: its error, against fp64, over its definition's", "<= 2", error / own, None
 
     def loss():
         T = 6 if tiny else 8192
