@@ -549,11 +549,11 @@ class Experts(nn.Module):
         (T, k), E, x = chosen.shape, len(self.gate_up), autocast(x)
         order = chosen.flatten().argsort(stable=True)                                        # 1 sort: T*k rows by expert
         load = rows_per_expert(chosen, None, E)                                              # (E,), of all ranks' experts
-        arriving = torch.empty_like(load)                                                  # (ranks * my experts,)
+        arriving = torch.empty_like(load)                                                    # (ranks * my experts,)
         with AllToAll.timer():
             dist.all_to_all_single(arriving, load, group=self.group)
         ranks = dist.get_world_size(self.group)
-        sends, receives = torch.stack([load, arriving]).view(2, ranks, -1).sum(2).tolist() # SYNC: the layer's only one
+        sends, receives = torch.stack([load, arriving]).view(2, ranks, -1).sum(2).tolist()   # SYNC: the layer's only one
         rows = AllToAll.apply(x[order // k], sends, receives, self.group)                    # 2 send: (R,D), by sender, then by expert
         scale = AllToAll.apply(weights.flatten()[order], sends, receives, self.group)        # (R,)
         mine = torch.arange(E // ranks, device=x.device).repeat(ranks).repeat_interleave(arriving, output_size=len(rows))   # (R,)
@@ -704,7 +704,7 @@ class Ling(nn.Module):
         logits_to_keep: only the last so many positions' logits (0: all)."""
         c, fractions = self.config, {} if fractions is None else dict(zip(self.moe_blocks(), fractions, strict=True))
         require(targets is None or targets.shape == tokens.shape, "targets must have the shape of tokens, (B,S)")
-        require(targets is None or cache is None, "a loss takes whole sequences: give targets or a cache, not both")
+        require(targets is None or cache is None or not self.mtp, "the MTP loss takes whole sequences: give targets or a cache, not both")
         counted = None if targets is None else (targets >= 0).flatten()                      # (T,)
         x, routings = self.trunk(tokens, cache, counted, warmup, fractions)
         if targets is None:
