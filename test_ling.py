@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -466,16 +467,19 @@ def test_fused_mode_refuses_to_fall_back(monkeypatch):
 
 def test_loss_holds_one_chunk_of_logits():
     """Logits of the whole batch: 16.6 GB at Ling-lite's vocabulary for 32k tokens. Only a chunk may exist at a time."""
-    sizes, T, V = [], 4096, 8192
+    sizes, made, chunks, T, V = [], [], [], 4096, 8192
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(o.numel() for o in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(o))
+            tensors = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(o)]
+            sizes.extend(o.numel() for o in tensors)
+            made.extend(weakref.ref(o) for o in tensors if o.numel() * 4 > 8 << 20)
+            chunks.append(len({o.data_ptr() for ref in made if (o := ref()) is not None}))
             return out
     x, w = torch.randn(T, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
     with Spy():
         kernels.linear_cross_entropy(x, w, torch.randint(0, V, (T,)), False)
-    assert max(sizes) * 4 <= 16 << 20
+    assert max(sizes) * 4 <= 16 << 20 and max(chunks) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
