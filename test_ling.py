@@ -1,4 +1,4 @@
-"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in about five minutes:
+"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in five to eight minutes:
 
     python -m pytest
 """
