@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import warnings
 import weakref
 import zlib
@@ -1863,7 +1864,8 @@ def test_disk_full(folder):
     assert cli(train, *FLAGS, "--steps", "2")[0] == 0
     code = f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); " \
            "import sample, train; sys.exit(sample.run_cli('train.py', train.main))"
-    process = subprocess.run([sys.executable, "-c", code, *FLAGS], env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code, *FLAGS], capture_output=True, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr
     assert "warning: cannot save a checkpoint of step 4" in process.stderr                   # it trains on, and ends with an error
     assert "error: cannot save a checkpoint of step 12" in process.stderr.splitlines()[-1]
@@ -2506,6 +2508,21 @@ def test_the_report_names_the_slow_rank(folder, monkeypatch):
         event["name"] for event in json.loads(traces[1].read_text())["traceEvents"]}
 
 
+@pytest.mark.parametrize("waited, named", [("0.2", ["rank 1"]), ("9.8", ["rank 0", "rank 1"])])
+def test_of_two_in_one_phase_the_silent_one_is_named(waited, named, monkeypatch, capsys):
+    """A stopped rank that cannot be told from those who wait for it, because they stand at the same place."""
+    said = {"at/0": "7 9.9 step 3, backward", "at/1": f"7 {waited} step 3, backward"}
+    watch = object.__new__(train.Watch)
+    watch.team, watch.timeout = types.SimpleNamespace(rank=0, size=2), 10
+    watch.place, watch.since = "step 3, backward", time.monotonic() - 11
+    watch.store = types.SimpleNamespace(check=lambda keys: True, get=lambda key: said[key].encode())
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(train.faulthandler, "dump_traceback", lambda: None)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    watch.watch()
+    assert re.findall(r"(rank \d), last heard at step 3", capsys.readouterr().err) == named
+
+
 def torchrun(folder, *flags, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts),
                str(HERE / "train.py")]
@@ -2547,7 +2564,7 @@ def test_a_hang_is_named(folder):
     """Ranks that wait for ever for one that no longer answers, and no word of which."""
     process = torchrun(folder, "--steps", "3000", "--timeout", "2", "--out", "runs/hang")
     stuck = workers(process, folder / "runs/hang", 3)[1]
-    time.sleep(1.5)                                              # ranks say twice a second where they are
+    time.sleep(1.5)                                              # ranks say twice a second where they are, perhaps both at the same place
     os.kill(stuck, signal.SIGSTOP)
     out = ""
     while "behind: rank 1, last heard at step" not in out:

@@ -382,16 +382,18 @@ class Watch:
     def watch(self):
         while time.monotonic() - self.since <= self.timeout:
             with contextlib.suppress(dist.DistError):
-                self.store.set(f"at/{self.team.rank}", f"{self.count} {self.place}")
+                self.store.set(f"at/{self.team.rank}", f"{self.count} {time.monotonic() - self.since:.1f} {self.place}")
             if self.done.wait(0.5):
                 return
         time.sleep(2)                                                                        # for the others to have said where they are
         try:
-            said = [self.store.get(key).decode() if self.store.check([key]) else "-1 start"
+            said = [self.store.get(key).decode() if self.store.check([key]) else "-1 0 start"
                     for key in (f"at/{rank}" for rank in range(self.team.size))]
-            places = [line.split(" ", 1) for line in said]
-            least = min(int(count) for count, _ in places)
-            behind = [f"rank {rank}, last heard at {place}" for rank, (count, place) in enumerate(places) if int(count) == least]
+            places = [(rank, int(count), float(waited), place)
+                      for rank, (count, waited, place) in enumerate(line.split(" ", 2) for line in said)]
+            last = [entry for entry in places if entry[1] == min(count for _, count, *_ in places)]
+            silent = [entry for entry in last if entry[2] < self.timeout / 2]                # of those in one phase: who waits says so
+            behind = [f"rank {rank}, last heard at {place}" for rank, *_, place in silent or last]
         except dist.DistError:
             behind = ["rank 0, which does not answer"]
         print(f"train.py: error: hang: rank {self.team.rank} waits at {self.place} since {time.monotonic() - self.since:.0f} s (--timeout "
