@@ -140,7 +140,8 @@ def released_tokenizer(path):
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
         specials = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
         steps = raw["pre_tokenizer"].get("pretokenizers", [raw["pre_tokenizer"]])
-        [pattern] = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]  # none: ByteLevel's own, GPT-2's
+        patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]   # without one, ByteLevel has GPT-2's
+        require(len(patterns) == 1, f"it cuts text by {len(patterns)} patterns of its own, Ling's by one")
         nfc = "NFC" in json.dumps(raw.get("normalizer"))
         # GPT-2's alphabet: printable bytes stand for themselves, the rest for code points from 256 on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -158,7 +159,7 @@ def released_tokenizer(path):
     for a, b in pairs:
         if (reached := merge_below(a + b, ranks, ranks[a + b])) != [a, b]:
             raise BadInput(f"{path}: token {(a + b)!r} is reached as {reached}, not as its merge says; tiktoken would cut text differently")
-    encoding = tiktoken.Encoding("ling", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    encoding = tiktoken.Encoding("ling", pat_str=patterns[0], mergeable_ranks=ranks, special_tokens=specials)
     return Tokenizer(encoding, nfc, file=("tokenizer.json", path.read_bytes()))
 
 

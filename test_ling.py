@@ -1225,9 +1225,9 @@ def test_released_tokenizer(tmp_path):
     gpt2 = released_json([]) | {"pre_tokenizer": {"type": "ByteLevel"}}                      # which cuts words by a pattern of its own
     lacking = released_json([("a", "b")])
     lacking["model"]["vocab"] = {token: i for i, token in enumerate([*list(lacking["model"]["vocab"])[1:], "abc"])}
-    for bad in (gpt2, lacking):
+    for bad, words in ((gpt2, "cuts text by 0 patterns"), (lacking, "not every byte is a token")):
         path.write_text(json.dumps(bad))
-        with pytest.raises(BadInput, match="not a byte-level BPE tokenizer.json"):
+        with pytest.raises(BadInput, match=words):
             sample.load_tokenizer(str(path))
 
 
@@ -1820,11 +1820,14 @@ def test_a_start_writes_over_nothing(folder):
     """--out in a folder that holds the corpus, or anything else that a run would keep there: deleted as leftovers of a start."""
     (folder / "mine/data").mkdir(parents=True)
     shutil.copy("text.txt", "mine/data/text.txt")
-    for json_ in (None, "{}"):
-        if json_:
-            (folder / "mine/train.json").write_text(json_)
-        code, _, err = cli(train, *FLAGS, "--data", "mine/data", "--out", "mine")
-        assert code == 2 and "mine/data is there" in err and (folder / "mine/data/text.txt").exists()
+    for step in range(3):                                        # a corpus; with a train.json that is not a run's; that file alone
+        if step:
+            (folder / "mine/train.json").write_text("{}")
+        if step == 2:
+            (folder / "mine/data").rename("elsewhere")
+        code, _, err = cli(train, *FLAGS, "--out", "mine")
+        assert code == 2 and f"mine/{'train.json' if step == 2 else 'data'} is there" in err, err
+    assert Path("elsewhere/text.txt").exists() and Path("mine/train.json").read_text() == "{}"
     assert cli(train, *FLAGS, "--steps", "2")[0] == 0
     (folder / "runs/toy/config.json").unlink()                   # as a start that was killed leaves it
     shutil.rmtree("runs/toy/step_00000002")
@@ -1928,13 +1931,15 @@ def test_bad_input(flags, folder):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_bad_resume_and_bad_sampling(folder):
+def test_bad_resume_and_bad_sampling(folder, monkeypatch):
     """Continuing a run with another architecture, seed or corpus; sampling with another run's tokenizer."""
     assert cli(train, *FLAGS, "--steps", "2")[0] == 0
     for flags, words in ((["--num_experts", "4"], "started with 8"), (["--seed", "5"], "started with 0"),
                          (["--tokenizer", "bpe300"], "'bytes'")):
         code, _, err = cli(train, *FLAGS, *flags)
         assert code == 2 and words in err and "--fresh" in err and len(err.splitlines()) == 1, err
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "9")         # torchrun repeats the command: each time a new folder, at step 0
+    assert "--fresh would start over at each restart" in cli(train, *FLAGS, "--fresh")[2] and not Path("runs/toy-2").exists()
     (folder / "runs/other").mkdir()
     (folder / "runs/other/tokenizer.tiktoken").write_bytes(sample.Tokenizer.from_ranks(train.learn_bpe(["abab"], 257)).file[1])
     for flags, words in ((["--tokens", "0"], "at least 1"), (["--temperature", "-1"], "must be 0, or in"), (["--top_p", "0"], "above 0"),

@@ -391,7 +391,8 @@ class Watch:
                     for key in (f"at/{rank}" for rank in range(self.team.size))]
             places = [(rank, int(count), float(waited), place)
                       for rank, (count, waited, place) in enumerate(line.split(" ", 2) for line in said)]
-            last = [entry for entry in places if entry[1] == min(count for _, count, *_ in places)]
+            least = min(count for _, count, *_ in places)
+            last = [entry for entry in places if entry[1] == least]
             silent = [entry for entry in last if entry[2] < self.timeout / 2]                # of those in one phase: who waits says so
             behind = [f"rank {rank}, last heard at {place}" for rank, *_, place in silent or last]
         except dist.DistError:
@@ -2147,7 +2148,7 @@ def start_run(run, train, config, given_model, continues, replicas):
         for leftover in run.glob("tmp_*"):
             shutil.rmtree(leftover)
         return
-    foreign = next(chain.from_iterable(run.glob(name) for name in ("data", "tokenizer.*", "step_*")), None)
+    foreign = next(chain.from_iterable(run.glob(name) for name in ("data", "train.json", "tokenizer.*", "step_*")), None)
     require(not foreign or "train_tokens" in (read_json(run / "train.json") if (run / "train.json").exists() else {}),
             f"--out {run}: {foreign} is there, but no run of train.py, which would write there; choose another folder")
     tokenizer, config, arrays, shards = prepare(train, config, given_model)
