@@ -1201,7 +1201,7 @@ def check_metadata(folder):
 
 
 def load_checkpoint(folder, state):
-    """Fill the tensors of `state`, a dict (nested, or with dotted names: the same), in place from a checkpoint of train.py. Raises BadInput."""
+    """Fill the tensors of `state`, a dict (nested, or with dotted names), in place from a checkpoint of train.py. Raises BadInput."""
     import torch.distributed.checkpoint as dcp                   # here, as it costs 50 MB that models without runs need not pay
     check_metadata(folder)
     try:
