@@ -402,8 +402,10 @@ def _sdpa(q, k, v):
     mask = None
     if Sq < Sk:                                                                              # is_causal would align top-left
         mask = torch.ones(Sq, Sk, dtype=torch.bool, device=q.device).tril(Sk - Sq)
+    if on_gpu(q) and H != KV and (mask is not None or q.dtype == torch.float32):             # flash takes neither, the next kernel no
+        k, v = (x.repeat_interleave(H // KV, dim=2) for x in (k, v))                         # shared heads: left is one that writes scores
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Sq == Sk, enable_gqa=H != KV)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Sq == Sk, enable_gqa=H != k.shape[1])
     return y.transpose(1, 2)
 
 

@@ -305,7 +305,8 @@ def next_token(logits, seen, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p
     if top_p < 1.0:
         ordered, index = probs.sort(descending=True)
         probs = probs.index_fill(0, index[ordered.cumsum(0) - ordered >= top_p], 0.0)        # the one that crosses stays
-    reach = probs.masked_fill(probs < min_p * probs.max(), 0.0).cpu().double().cumsum(0)     # MPS has no double
+    probs = probs.masked_fill(probs < min_p * probs.max(), 0.0)
+    reach = (probs if probs.is_cuda else probs.cpu()).double().cumsum(0)                     # MPS has no double
     return int(torch.searchsorted(reach, reach[-1:] * uniform, right=True).clamp(max=len(reach) - 1))    # right: never one of probability 0
 
 
@@ -423,18 +424,19 @@ class Segments:
         """The next pass writes positions start..end - 1 of each request, work [(request, start, end)], one after the other."""
         rows = [request.slots[start:end] for request, start, end in work]                    # slot and
         at = [np.arange(start, end) for _, start, end in work]                               # position of each token
-        self.spans, self.table, n = [], None, len(at[0])
-        if self.by_table and n <= 4 and all(len(each) == n for each in at):
-            # As many rows, and columns, as the next power of two: few shapes, each worth a graph.
-            nobody, more = self.shape[2] - 1, (pow2(len(work)) - len(work)) * n
-            table = np.full((pow2(len(work)), pow2(max(end for _, _, end in work))), nobody)
+        self.spans, self.table, n, few = [], None, len(at[0]), 0
+        if self.by_table and n <= 4:                             # the first requests, as far as they have equally few tokens
+            few = next((i for i, each in enumerate(at) if len(each) != n), len(work))
+            # Where they are all, as many rows, and columns, as the next power of two: few shapes, each worth a graph.
+            nobody, N = self.shape[2] - 1, pow2(few) if few == len(work) else few
+            table = np.full((N, pow2(max(256, *(end for _, _, end in work[:few])))), nobody)
             for row, (request, _, end) in zip(table, work):
                 row[:end] = request.slots[:end]
-            rows, at, self.table = [*rows, np.full(more, nobody)], [*at, np.zeros(more, np.int64)], torch.from_numpy(table).to(self.device)
-        else:
-            row = 0
-            for request, start, end in work:
-                self.spans.append((row, row := row + end - start, request.ranges_to(end)))
+            rows, at = [*rows, np.full((N - few) * n, nobody)], [*at, np.zeros((N - few) * n, np.int64)]
+            self.table = torch.from_numpy(table).to(self.device)
+        row = few * n
+        for request, start, end in work[few:]:
+            self.spans.append((row, row := row + end - start, request.ranges_to(end)))
         self.rows, self.at = (torch.from_numpy(np.concatenate(parts)).to(self.device) for parts in (rows, at))      # (T,) each
 
     def positions(self, S):
@@ -449,11 +451,13 @@ class Segments:
         keys, values = self.keys[layer], self.values[layer]                                  # (1,slots,KV,d)
         keys.index_copy_(1, self.rows, k)
         values.index_copy_(1, self.rows, v)
-        if self.table is None:
-            join = lambda x, runs: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, i:j] for i, j in runs], dim=1)
-            return torch.cat([attention(q[:, i:j], join(keys, runs), join(values, runs)) for i, j, runs in self.spans], dim=1)
-        N, H = len(self.table), q.shape[2]                       # a few tokens of each of N requests, at once
-        return attention_by_table(q.view(N, -1, H, q.shape[3]), keys[0], values[0], self.table, self.at.view(N, -1)).reshape(q.shape)
+        join = lambda x, runs: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, i:j] for i, j in runs], dim=1)
+        y = [attention(q[:, i:j], join(keys, runs), join(values, runs)) for i, j, runs in self.spans]
+        if self.table is not None:                               # before them a few tokens of each of N requests, at once
+            N, T = len(self.table), self.spans[0][0] if self.spans else q.shape[1]
+            y.insert(0, attention_by_table(q[0, :T].unflatten(0, (N, -1)), keys[0], values[0], self.table,
+                                           self.at[:T].view(N, -1)).flatten(0, 1).unsqueeze(0))
+        return y[0] if len(y) == 1 else torch.cat(y, dim=1)
 
 
 class Engine:
@@ -473,7 +477,9 @@ class Engine:
         self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
         self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
-        self.routings, self.graphs = [], {}
+        self.routings, self.graphs, self.stream = [], {}, None
+        if self.device.type == "cuda":                           # cuDNN's attention, the first choice on H100 and later, makes a plan for
+            torch.backends.cuda.enable_cudnn_sdp(False)          # every new length: tenths of a second each
 
     def check(self, request):
         """Raises BadInput if a request could never run."""
@@ -571,17 +577,18 @@ class Engine:
         """Ling.trunk over the planned pass. On CUDA, a pass by table is one graph for each of its few shapes: hundreds of launches take
         longer than what they launch. (Not yet run on a GPU.)"""
         cache, inputs = self.cache, (tokens, self.cache.rows, self.cache.at, self.cache.table)
-        if cache.table is None or kernels.MODE == "torch" or not kernels.on_gpu(self.model.norm.weight):        # definitions sync
+        if cache.table is None or cache.spans or kernels.MODE == "torch" or not kernels.on_gpu(self.model.norm.weight):     # definitions sync
             return self.model.trunk(tokens, cache)
         if (shape := (tokens.shape, cache.table.shape)) not in self.graphs:
-            still, stream, graph = [t.clone() for t in inputs], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            self.stream = stream = self.stream or torch.cuda.Stream()    # one: cuBLAS keeps a workspace for each
+            still, graph, pool = [t.clone() for t in inputs], torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
             cache.rows, cache.at, cache.table = still[1:]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):                      # what is made on first use is made here, and with it a compiled block is
                 for _ in range(2):                               # another; keys are written again, the same
                     self.model.trunk(still[0], cache)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool and pool[0].pool(), stream=stream):       # never two at a time, so they share memory
                 out = self.model.trunk(still[0], cache)
             self.graphs[shape] = graph, still, out
         graph, still, out = self.graphs[shape]

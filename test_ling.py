@@ -1446,6 +1446,34 @@ def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, s
         assert not engine.cache.users.any()                      # every slot given back
 
 
+def test_a_graph_for_each_shape(monkeypatch):
+    """What no CPU runs: a graph that reads last pass's tokens, slots or positions, or answers for another shape. A replay is played by
+    the same pass over what the graph was captured with; other tensors than those it cannot see."""
+    model, texts, _ = served_alone("ling2")
+    engine, replays, stream = sample.Engine(model, 4000, 8, speculate=True), [], types.SimpleNamespace(wait_stream=lambda other: None)
+    engine.AHEAD, engine.cache.by_table = 4, True
+
+    class Graph(contextlib.nullcontext):
+        pool = lambda self: None
+
+        def __enter__(self):
+            assert not engine.cache.spans                        # their ranges would be baked in
+
+        def replay(self):
+            still, out = next((still, out) for graph, still, out in engine.graphs.values() if graph is self)
+            now, engine.cache.__dict__ = engine.cache.__dict__, engine.cache.__dict__ | dict(zip(("rows", "at", "table"), still[1:]))
+            out[0].copy_(model.trunk(still[0], engine.cache)[0])
+            engine.cache.__dict__ = now
+            replays.append(self)
+    for name, value in dict(Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext, CUDAGraph=Graph,
+                            graph=lambda graph, pool, stream: graph).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: x is model.norm.weight)
+    for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **SAMPLINGS[-1])):
+        assert request.ids == PROMPTS[i] + (texts[-1][i] if TOKENS[i] else []), i
+    assert len(replays) > 2 * len(engine.graphs) > 2
+
+
 def test_slots_by_hand():
     """An extension that jumps though the next slots are free, a fragment left out, a slot given to two."""
     cache = sample.Segments(LingConfig(**TINY), 12, 1, torch.device("cpu"))
