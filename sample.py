@@ -577,7 +577,7 @@ class Engine:
         """Ling.trunk over the planned pass. On CUDA, a pass by table is one graph for each of its few shapes: hundreds of launches take
         longer than what they launch. (Not yet run on a GPU.)"""
         cache, inputs = self.cache, (tokens, self.cache.rows, self.cache.at, self.cache.table)
-        if cache.table is None or cache.spans or kernels.MODE == "torch" or not kernels.on_gpu(self.model.norm.weight):     # definitions sync
+        if cache.table is None or cache.spans or not kernels.on_gpu(self.model.norm.weight) or kernels.MODE == "torch":    # that one syncs
             return self.model.trunk(tokens, cache)
         if (shape := (tokens.shape, cache.table.shape)) not in self.graphs:
             self.stream = stream = self.stream or torch.cuda.Stream()    # one: cuBLAS keeps a workspace for each
