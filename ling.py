@@ -403,7 +403,7 @@ class Warmup(NamedTuple):
         S, E = len(logits) // len(self.seeds), logits.shape[1]
         noise = [torch.randn(S, E, generator=torch.Generator().manual_seed(seed * 1009 + layer)) for seed in self.seeds]
         std, mean = torch.std_mean(logits.detach(), dim=1, keepdim=True)
-        return self.alpha * logits + (1 - self.alpha) * (mean + std * torch.cat(noise).to(logits.device))
+        return self.alpha * logits + (1 - self.alpha) * (mean + std * torch.cat(noise).to(logits.device, non_blocking=True))
 
 
 class Routing(NamedTuple):
@@ -559,7 +559,8 @@ class Experts(nn.Module):
         mine = torch.arange(E // ranks, device=x.device).repeat(ranks).repeat_interleave(arriving, output_size=len(rows))   # (R,)
         y = experts(rows, scale.unsqueeze(1), mine.unsqueeze(1), self.gate_up.to_local(), self.down.to_local())   # 3 compute, weighted
         y = AllToAll.apply(y, receives, sends, self.group)                                   # 4 return: (T*k,D)
-        y = torch.empty_like(y).index_copy(0, order, y).view(T, k, -1).sum(1)                # 5 sum of each token's k rows
+        y = torch.empty_like(y).index_copy(0, order, y).view(T, k, -1)
+        y = y.sum(1, dtype=y.dtype)                              # 5 sum of each token's k rows; on CUDA autocast would make it fp32
         return y if shared is None else y + shared
 
 

@@ -2407,6 +2407,21 @@ def member(rank, jobs, ports, folder):
 torch.multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])   # once, not in each process
 
 
+def test_a_rank_touches_its_own_device_alone(monkeypatch):
+    """Half a gigabyte on GPU 0 for each rank that tried a tensor before it chose its device; a rank too many that says nothing."""
+    calls = []
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
+    monkeypatch.setattr(train, "pick_device", lambda name: calls.append(name) or torch.device("cuda"))
+    for rank in (1, 2):
+        for name, value in dict(RANK=rank, WORLD_SIZE=3, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=3).items():
+            monkeypatch.setenv(name, str(value))
+        if rank == 1:
+            assert train.Team("cuda:0").device == torch.device("cuda", 1) and calls == [1, "cuda"]
+    with pytest.raises(BadInput, match="this machine has 2 devices; start at most 2 processes"):
+        train.Team("")
+
+
 def run_jobs(folder, jobs):
     agents = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
     torch.multiprocessing.start_processes(member, (jobs, [agent.port for agent in agents], folder), nprocs=4, start_method="forkserver")

@@ -260,18 +260,18 @@ class Team:
         """Raises BadInput where the device is not there."""
         variable = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.size, self.local_rank = variable("RANK", 0), variable("WORLD_SIZE", 1), variable("LOCAL_RANK", 0)
-        self.local_size, self.told, self.device = variable("LOCAL_WORLD_SIZE", 1), 0, pick_device(device)
+        self.local_size, self.told = variable("LOCAL_WORLD_SIZE", 1), 0
+        count = torch.accelerator.device_count() if self.size > 1 and device != "cpu" else 0
+        require(not count or self.local_rank < count,
+                f"--nproc-per-node {self.local_size}: this machine has {count} devices; start at most {count} processes")
+        if count:                                                # first: what pick_device tries would be made on device 0, by every rank
+            torch.accelerator.set_device_index(self.local_rank)
+        self.device = torch.device(pick_device(device.partition(":")[0]).type, self.local_rank) if count else pick_device(device)
         # torchrun, or a study; a shell may go, and a run in its background stay
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LING_PARENT") == str(os.getppid()) else None
         self.restarts = variable("TORCHELASTIC_MAX_RESTARTS", 0)
         self.nodes = variable("GROUP_WORLD_SIZE", self.size // self.local_size)
         self.replicas, self.replica, self.ranks, self.within, self.across = 1, 0, self.size, None, None   # until split()
-        if self.size > 1 and self.device.type != "cpu":
-            count = torch.accelerator.device_count()
-            require(self.local_rank < count,
-                    f"--nproc-per-node {self.local_size}: this machine has {count} devices; start at most {count} processes")
-            self.device = torch.device(self.device.type, self.local_rank)
-            torch.accelerator.set_device_index(self.local_rank)
 
     @property
     def memory(self):
@@ -279,6 +279,9 @@ class Team:
         if self.device.type in ("cuda", "xpu"):
             return torch.get_device_module(self.device).get_device_properties(self.device).total_memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.local_size if hasattr(os, "sysconf") else 16e9
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
 
     def connect(self, timeout):
         """Join the others; from here on only rank 0 speaks."""
@@ -731,6 +734,7 @@ def memory_per_rank(config, counts, world, replicate, ep, tokens=0, recompute="n
     # shared experts
     attention = 2 * D + 3 * (q + kv) + 2 * c.num_attention_heads
     routed = 2 * D + (2 * k + 3 * c.num_shared_experts) * c.moe_intermediate_size + 2 * c.num_experts + 6 * k
+    routed += 2 * D * (bytes_each == 2) + k * D * (ep > 1)       # the router's fp32 copy; rows that came from other ranks
     plain = (2 * D + 3 * I) * (layers > moe)
     inside = {"none": moe * routed + (layers - moe) * plain, "moe": moe * 2 * D + (layers - moe) * plain, "block": 0}[recompute]
     kept = inside + (layers * attention if recompute != "block" else layers * D) + 2 * D + c.num_nextn_predict_layers * 6 * D
@@ -738,7 +742,7 @@ def memory_per_rank(config, counts, world, replicate, ep, tokens=0, recompute="n
     again = {"none": 0, "moe": routed * (moe > 0), "block": attention + max(routed * (moe > 0), plain)}[recompute]
     chunk = min(tokens * c.vocab_size * bytes_each, 16 << 20 if bytes_each == 4 else 4 << 30)
     return {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held,
-            "in flight": 2 * bytes_each * (2 * block + head) * (world > 1),
+            "in flight": 2 * bytes_each * (2 * block + head) if world > 1 else 2 * held * (bytes_each == 2),     # autocast's copies
             "activations": bytes_each * tokens * (kept + again) + chunk, "host copy for saving": 12 * held}
 
 
@@ -777,7 +781,8 @@ def parallelize(model, train, team):
             narrow = p.dim() == 3 and local(p).shape[0] < pieces and p.shape[1] % pieces == 0
             return Shard(1 if narrow else 0)
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False), shard_placement_fn=placement,
-                    reshard_after_forward=None if pieces > 1 else False)    # None: all but the root, whose head comes first in backward
+                    # None: all but the root, whose head comes first in backward. Of one piece only a 16-bit copy is let go
+                    reshard_after_forward=None if pieces > 1 or low else False)
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
 
@@ -792,11 +797,14 @@ def parallelize(model, train, team):
             shard(experts, sparse["edp"])
             units[-1].append(experts)
         if isinstance(block.mlp, MoE) and low:
-            shard(block.mlp.gate, dense, {})                                                 # the router's weight stays fp32 on its way
+            shard(block.mlp.gate, dense, {})                                                 # the router's weight stays fp32 on its way,
+            units[-1].append(block.mlp.gate)                                                 # and does not queue behind the next block's
         shard(block, dense)
     shard(model, dense)
-    for (this, *_), following in pairwise(units):                # the host waits for --ep's counts: gather the next block before that
+    for (this, *_), following in pairwise([[model], *units]):    # the host waits for --ep's counts: gather the next block before that
         this.set_modules_to_forward_prefetch(following)
+    for (this, *_), before in pairwise([[model], *reversed(units)]):     # by itself FSDP would gather one of a block's two or three parts
+        this.set_modules_to_backward_prefetch(before)
 
 
 def grad_norm(model, team):
@@ -887,7 +895,8 @@ class Saver:
     def __init__(self, run, state, team, watch, keep):
         self.run, self.state, self.team, self.watch, self.keep = run, state, team, watch, keep
         self.staged = self.thread = self.error = self.saved = None
-        self.group = dist.new_group(backend="gloo") if team.size > 1 else None               # the thread's: training's would mix messages
+        self.group = (dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))     # the thread's: training's would mix messages,
+                      if team.size > 1 else None)                                            # and a slow disk is no hang
 
     def save(self, step, about):
         """Copy the state (what training waits for), then write it in the background, with `about`, a dict for JSON."""
@@ -928,7 +937,8 @@ class Saver:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is")                    # one process needs no process group
-                dcp.save(self.staged, checkpoint_id=temporary, process_group=self.group)
+                # 0: what is staged is on the CPU, and reading ahead would go to CUDA, where a new thread is on device 0
+                dcp.save(self.staged, storage_writer=dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0), process_group=self.group)
             if self.team.rank == 0:
                 check_metadata(temporary)                                                    # readable again, also on another torch
                 write_json(temporary / "state.json", {"step": step, "torch": torch.__version__, **about})
@@ -1888,7 +1898,6 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), promised["peak"] if device.type != "cpu" else None
     rows = train.micro_batch_tokens // train.seq_len
     # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
     tokens_total = int(first_sample[-1]) * train.seq_len
     print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; "
           f"{flops / 1e6:.1f} MFLOP per token\n"
@@ -1920,7 +1929,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     saver.saved, seconds_mean, stopping = step if resumed else None, None, False
     round_start, told = time.perf_counter(), None
     began, tokens_before = round_start, tokens_done
-    tally, round_load, before = Counter(), torch.zeros_like(load), step
+    tally, round_load, before = Counter(), torch.zeros_like(load, device="cpu"), step
     describe = lambda: {"tokens": tokens_done, "spikes": [each["spikes"] for each in told],
                         "ahead": [each["cursor"] - step for each in told]} | ({"edit": edit.state()} if edit else {})
     while step < train.steps and not stopping:
@@ -1964,7 +1973,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
                 hold(part is micro[-1])
             seeds = [sequence_seed(train.seed, step, k) for k in mine[part]]
             watch.at(step + 1, "forward")
-            with autocast():
+            with team.autocast():
                 out = model(tokens[part], targets[part], counts=counts, fractions=fractions,
                             warmup=None if alpha == 1 else Warmup(alpha, seeds))
             if part.start >= returned_from:
@@ -1984,11 +1993,12 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             edit.sum_gradients()
         orphaned = team.parent not in (None, os.getppid())                                   # torchrun is gone: no one would restart us
         due = alone and rank == 0 and edit.due(time.perf_counter() - start)
-        sums = team.sum(torch.stack([*parts.values(), *torch.tensor([float(bool(stop) or orphaned), due], device=device)]), group)
+        flags = (torch.full((), float(flag), device=device) for flag in (bool(stop) or orphaned, due))   # a copy would wait for backward
+        sums = team.sum(torch.stack([*parts.values(), *flags]), group)
         load_now = team.sum(load_now, group)
         norm = grad_norm(model, team)
         *values, asked, due = sums.tolist()                                                  # SYNC
-        parts, stopping, norm = dict(zip(parts, values)), asked > 0, float(norm)
+        parts, stopping, norm, load_here = dict(zip(parts, values)), asked > 0, float(norm), load_now.cpu()
 
         # 4. spike?
         n_all = int(n_all)
@@ -2016,15 +2026,15 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         n, finite = (len(samples) + len(returned)) * train.seq_len, math.isfinite(parts["loss"] + norm)
         tally.update({"steps": 1, "lr": lr, "seen": n, "tokens": n * (verdict != "skip"), "skipped": int(verdict == "skip")})
         tally.update({"finite": 1, **parts, "grad_norm": norm} if finite else {})
-        round_load += load_now
+        round_load += load_here
         trace.step(step, train.profile)
         seconds = time.perf_counter() - start
         seconds_mean = seconds if seconds_mean is None else 0.95 * seconds_mean + 0.05 * seconds
         eta = (train.steps - step) * seconds_mean
-        uneven = uneven_load(load_now)
+        uneven = uneven_load(load_here)
         status.update(f"step {step}/{train.steps}  loss {parts['loss']:.3f}  lr {lr:.1e}  "
                       f"{n * team.size / ranks / seconds_mean:,.0f} tok/s  left {int(eta) // 60}:{int(eta) % 60:02d}" +
-                      (f"  load {strip(load_now[uneven.argmax()])} {float(uneven.max()):.2f}" if len(load) else ""))
+                      (f"  load {strip(load_here[uneven.argmax()])} {float(uneven.max()):.2f}" if len(load) else ""))
         told, weights = [{"tally": tally, "spikes": spikes.state(), "events": spikes.events, "cursor": step + ahead, "asked": stopping,
                           "sick": 2 * tally["skipped"] > tally["steps"], "at": watch.count}], None
         if alone:
@@ -2032,7 +2042,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             if not (due or stopping or step >= train.steps):
                 continue
             watch.at(step, "sync")
-            load.copy_(team.sum(round_load, team.across))        # first: behind the sums of the layers it would wait
+            load.copy_(team.sum(round_load.to(device), team.across))     # first: behind the sums of the layers it would wait
             told, weights = edit.sync(*told)
             watch.count = max(each["at"] for each in told)
         crossed = lambda every: every and step // every > before // every
@@ -2049,7 +2059,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         for replica, each in enumerate(told):
             for event in each["events"]:
                 ledger.write(json.dumps({**event, "replica": replica, "logged": step}).encode() + b"\n")
-        spikes.events, tally, round_load = [], Counter(), torch.zeros_like(load)
+        spikes.events, tally, round_load = [], Counter(), torch.zeros_like(load, device="cpu")
         if hopeless := next(filter(None, (spikes.hopeless(each["spikes"][2]) for each in told)), None):
             saver.wait()
             watch.stop()
@@ -2059,7 +2069,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
         if alone and (stopping or step >= train.steps or crossed(train.save_every)):
             edit.arrive(last=len(edit.units))
         if step >= train.steps or crossed(train.eval_every):
-            with autocast():
+            with team.autocast():
                 score = evaluate(model, data, token_bytes, rows, team, lambda: watch.at(step, "evaluation"))
             log({"step": step, **score})
             status.note(f"step {step}  held-out: {score['val_ce']:.4f} nats per token, {score['val_bpb']:.4f} bits per byte")
@@ -2105,7 +2115,10 @@ def export(run, train, config, team, resumed):
         for folder in folders:
             require(not (damage := checkpoint_damage(folder)), f"--merge {train.merge}: {folder} is damaged ({damage}); merge fewer")
         sizes = token_sizes(tokenizer, config, team.device)
-        score = lambda: evaluate(model, data, sizes, train.micro_batch_tokens // train.seq_len, team)["val_bpb"]
+
+        def score():
+            with team.autocast():
+                return evaluate(model, data, sizes, train.micro_batch_tokens // train.seq_len, team)["val_bpb"]
         last, mean = score(), [torch.zeros_like(local(t)) for t in state["model"].values()]
         for folder, weight in zip(folders, merge_weights(train.merge, train.merge_shape)):
             load_checkpoint(folder, state)
