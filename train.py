@@ -281,6 +281,7 @@ class Team:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.local_size if hasattr(os, "sysconf") else 16e9
 
     def autocast(self):
+        """bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
 
     def connect(self, timeout):
@@ -1897,7 +1898,6 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
                       "and some are not seen", stacklevel=2)
     params, flops, peak = count_params(config), flops_per_token(config, train.seq_len), promised["peak"] if device.type != "cpu" else None
     rows = train.micro_batch_tokens // train.seq_len
-    # bf16 matmuls on an accelerator, fp32 weights and optimizer; on a CPU fp32 throughout, which is faster there
     tokens_total = int(first_sample[-1]) * train.seq_len
     print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; "
           f"{flops / 1e6:.1f} MFLOP per token\n"
@@ -2042,7 +2042,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             if not (due or stopping or step >= train.steps):
                 continue
             watch.at(step, "sync")
-            load.copy_(team.sum(round_load.to(device), team.across))     # first: behind the sums of the layers it would wait
+            round_load = team.sum(round_load.to(device), team.across).cpu()          # first: behind the layers' it would wait
+            load.copy_(round_load)
             told, weights = edit.sync(*told)
             watch.count = max(each["at"] for each in told)
         crossed = lambda every: every and step // every > before // every
