@@ -287,27 +287,31 @@ def split_calls(text):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. One token
 
-def next_token(logits, seen, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """Draw one id. logits (V,) fp32, seen (n,) ids so far, uniform in [0, 1) decides. temperature 0: the likeliest.
+def next_tokens(logits, uniform, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0):
+    """Draw an id for each row. logits (n,V) fp32; uniform, n numbers in [0, 1), decide -> (n,) int64. temperature 0: the likeliest.
     top_k 0, top_p 1, min_p 0: off.
 
     top_p keeps the fewest tokens whose probabilities reach it (arXiv 1904.09751), min_p those of at least min_p times the
-    best's (arXiv 2407.01082); the penalty divides the positive logits of seen tokens and multiplies the negative (arXiv 1909.05858)."""
-    if repetition_penalty != 1.0:
-        old = logits[seen]
-        logits = logits.index_put((seen,), torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
+    best's (arXiv 2407.01082)."""
     if temperature == 0:
-        return int(logits.argmax())
-    logits = (logits - logits.max()) / temperature               # below 0, so that a small temperature cannot overflow
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature      # below 0, so that a small temperature cannot overflow
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probs = logits.softmax(-1)
     if top_p < 1.0:
         ordered, index = probs.sort(descending=True)
-        probs = probs.index_fill(0, index[ordered.cumsum(0) - ordered >= top_p], 0.0)        # the one that crosses stays
-    probs = probs.masked_fill(probs < min_p * probs.max(), 0.0)
-    reach = (probs if probs.is_cuda else probs.cpu()).double().cumsum(0)                     # MPS has no double
-    return int(torch.searchsorted(reach, reach[-1:] * uniform, right=True).clamp(max=len(reach) - 1))    # right: never one of probability 0
+        probs = probs.scatter(1, index, ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0))     # the one that crosses stays
+    probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    reach = (probs if probs.is_cuda else probs.cpu()).double().cumsum(-1)                    # MPS has no double
+    wanted = reach[:, -1:] * torch.tensor([*uniform], dtype=torch.float64, device=reach.device).unsqueeze(1)
+    return torch.searchsorted(reach, wanted, right=True).squeeze(1).clamp(max=reach.shape[1] - 1)    # right: never one of probability 0
+
+
+def penalise(logits, seen, penalty):
+    """Divide the positive logits of seen tokens and multiply the negative (arXiv 1909.05858). (V,), (n,) -> (V,)"""
+    old = logits[seen]
+    return logits.index_put((seen,), torch.where(old > 0, old / penalty, old * penalty))
 
 
 class Stream:
@@ -337,7 +341,7 @@ class Request:
     tokens: int = 0
     score_from: int = 1
     seed: str = "0"                                              # with the position, decides each draw, whatever else is in the batch
-    sampling: dict = field(default_factory=dict)                 # of next_token
+    sampling: dict = field(default_factory=dict)                 # of next_tokens, and repetition_penalty
     stop_ids: frozenset = frozenset()
     bytes_of: object = None                                      # token -> bytes; None: no text is wanted
     stream: Stream = field(default_factory=Stream)
@@ -376,14 +380,6 @@ class Request:
     def first(self):
         """The first position whose logits are wanted."""
         return len(self.ids) - 1 if self.tokens else self.score_from - 1
-
-    def draw(self, logits, best):
-        """logits (V,) after ids, `best` their argmax -> the next id."""
-        penalty = self.sampling.get("repetition_penalty", 1.0)
-        if self.sampling.get("temperature") == 0 and penalty == 1.0:
-            return best
-        seen = torch.tensor(self.ids, device=logits.device) if penalty != 1.0 else None
-        return next_token(logits, seen, random.Random(f"{self.seed}/{len(self.ids)}").random(), **self.sampling)
 
     def push(self, token):
         """Take the next token; sets finish."""
@@ -597,6 +593,23 @@ class Engine:
         graph.replay()
         return out
 
+    def choose(self, logits, after):
+        """logits (n,V), which follow position p of a request, after[i] = (request, p) -> n ids. Requests that draw alike do so together:
+        what each draws is up to its seed and the position."""
+        chosen, alike = [0] * len(after), collections.defaultdict(list)
+        for i, (request, p) in enumerate(after):
+            sampling = dict(request.sampling) if request.tokens else {"temperature": 0}
+            if (penalty := sampling.pop("repetition_penalty", 1.0)) != 1.0:
+                seen = torch.tensor((request.ids + request.guess)[:p + 1], device=logits.device)
+                logits[i] = penalise(logits[i], seen, penalty)
+            alike[tuple(sampling.items())].append(i)
+        for sampling, rows in alike.items():
+            uniform = (random.Random(f"{request.seed}/{p + 1}").random() for request, p in (after[i] for i in rows))
+            drawn = next_tokens(logits if len(alike) == 1 else logits[rows], uniform, **dict(sampling)).tolist()     # SYNC
+            for i, token in zip(rows, drawn):
+                chosen[i] = token
+        return chosen
+
     def step(self, work):
         """One pass over positions start..end - 1 of each request, and what follows from its logits."""
         model, cache = self.model, self.cache
@@ -610,7 +623,7 @@ class Engine:
             rows += [row + position - start for position in wanted[-1]]
             row += end - start
         logits = model.logits(x[:, rows], cache)[0] if rows else x.new_empty(0, 1)           # (rows,V) fp32
-        best, row = logits.argmax(-1).tolist(), 0                                            # SYNC
+        best, row = self.choose(logits, [(request, p) for (request, *_), each in zip(work, wanted) for p in each]), 0
         self.passes, self.read = self.passes + 1, self.read + len(tokens)
         for (request, start, end), positions in zip(work, wanted):
             mine, top, row = logits[row:row + len(positions)], best[row:row + len(positions)], row + len(positions)
@@ -627,7 +640,7 @@ class Engine:
                 continue
             guess, request.guess, request.done = request.guess, [], min(end, len(request.ids))
             for i in range(len(positions)):
-                request.push(token := request.draw(mine[i], top[i]))     # SYNC unless greedy
+                request.push(token := top[i])
                 self.drawn += 1
                 yield request
                 if request.finish or token not in guess[i:i + 1]:

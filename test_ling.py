@@ -1289,13 +1289,12 @@ def test_stream_holds_back():
 def test_sampling_filters_by_hand():
     """top-p that drops the token which crosses the threshold, a penalty that favours seen tokens with negative logits."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    none = torch.tensor([], dtype=torch.int64)
-    draws = lambda **kwargs: [sample.next_token(logits, none, (i + 0.5) / 200, temperature=1.0, **kwargs) for i in range(200)]
+    draws = lambda **kwargs: sample.next_tokens(logits.repeat(200, 1), ((i + 0.5) / 200 for i in range(200)), 1.0, **kwargs).tolist()
     support = lambda **kwargs: set(draws(**kwargs))
     assert np.bincount(draws()).tolist() == [100, 60, 30, 10] and np.bincount(draws(top_k=2)).tolist() == [125, 75]
     assert support() == {0, 1, 2, 3} and support(top_k=2) == {0, 1} and support(top_p=0.6) == {0, 1} and support(top_p=0.5) == {0}
     assert support(min_p=0.25) == {0, 1, 2}
-    assert sample.next_token(logits, torch.tensor([0]), None, temperature=0, repetition_penalty=3.0) == 1
+    assert sample.penalise(logits, torch.tensor([0]), 3.0).argmax() == 1
     model = Ling(LingConfig(**TINY))
     draw = lambda seed: [token for token in sample.generate(model, [1], 20, seed=seed)]
     assert draw(3) == draw(3) != draw(4)
