@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -1287,7 +1288,8 @@ def test_stream_holds_back():
 
 
 def test_sampling_filters_by_hand():
-    """top-p that drops the token which crosses the threshold, a penalty that favours seen tokens with negative logits."""
+    """top-p that drops the token which crosses the threshold, a penalty that favours seen tokens with negative logits or forgets a guess
+    that stands; a row drawn by another's settings or number."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     draws = lambda **kwargs: sample.next_tokens(logits.repeat(200, 1), ((i + 0.5) / 200 for i in range(200)), 1.0, **kwargs).tolist()
     support = lambda **kwargs: set(draws(**kwargs))
@@ -1295,6 +1297,16 @@ def test_sampling_filters_by_hand():
     assert support() == {0, 1, 2, 3} and support(top_k=2) == {0, 1} and support(top_p=0.6) == {0, 1} and support(top_p=0.5) == {0}
     assert support(min_p=0.25) == {0, 1, 2}
     assert sample.penalise(logits, torch.tensor([0]), 3.0).argmax() == 1
+    samplings = [dict(temperature=0.8), dict(temperature=0), dict(temperature=0.8), dict(temperature=1.5, top_p=0.9),
+                 dict(temperature=0, repetition_penalty=1e9)]
+    requests = [*(sample.Request([1, 2, 3], 9, seed=str(i), sampling=each, guess=[7]) for i, each in enumerate(samplings)),
+                sample.Request([1, 2, 3])]
+    after, logits = [(requests[4], 3), *((request, 2) for request in requests)], torch.randn(7, 64)
+    logits[0, 7] = 99.0                                          # the guess, were it not penalised once it stands
+    together = sample.Engine.choose(None, logits.clone(), after)
+    assert together == [sample.Engine.choose(None, logits[i:i + 1].clone(), after[i:i + 1])[0] for i in range(7)] and together[0] != 7
+    assert (together[2], together[6]) == (logits[2].argmax(), logits[6].argmax())
+    assert together[1:4:2] == sample.next_tokens(logits[1:4:2], (random.Random(f"{i}/3").random() for i in (0, 2)), 0.8).tolist()
     model = Ling(LingConfig(**TINY))
     draw = lambda seed: [token for token in sample.generate(model, [1], 20, seed=seed)]
     assert draw(3) == draw(3) != draw(4)
