@@ -475,7 +475,7 @@ class Engine:
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
         self.routings, self.graphs, self.stream = [], {}, None
         if self.device.type == "cuda":                           # cuDNN's attention, the first choice on H100 and later, makes a plan for
-            torch.backends.cuda.enable_cudnn_sdp(False)          # every new length: tenths of a second each
+            torch.backends.cuda.enable_cudnn_sdp(False)          # every new length: long pauses. Off for the process, training in it too
 
     def check(self, request):
         """Raises BadInput if a request could never run."""

@@ -1458,8 +1458,8 @@ def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, s
 
 
 def test_a_graph_for_each_shape(monkeypatch):
-    """What no CPU runs: a graph that reads last pass's tokens, slots or positions, or answers for another shape. A replay is played by
-    the same pass over what the graph was captured with; other tensors than those it cannot see."""
+    """What no CPU runs: a graph that reads the tokens, slots or positions of the pass before, or one with ranges baked in. A replay is
+    played by the same pass over the tensors that were captured."""
     model, texts, _ = served_alone("ling2")
     engine, replays, stream = sample.Engine(model, 4000, 8, speculate=True), [], types.SimpleNamespace(wait_stream=lambda other: None)
     engine.AHEAD, engine.cache.by_table = 4, True
