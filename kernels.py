@@ -58,7 +58,11 @@ def op(reference):
     twins = []
 
     @functools.wraps(reference)
-    def call(*args):
+    def call(*args, **named):
+        if named:
+            bound = inspect.signature(reference).bind(*args, **named)
+            bound.apply_defaults()
+            args = bound.args
         if RECORD is not None:
             return RECORD(call, args)
         if MODE != "torch":
@@ -713,7 +717,8 @@ def _(scale=1, dtype=torch.float32):
 @op
 def experts(x, weights, chosen, gate_up, down, shared=None):
     """x (T,D), weights and chosen (T,k), gate_up (E,2F,D), down (E,D,F), shared (T,D): what the shared experts add, or None -> (T,D)."""
-    y = torch.zeros_like(x, dtype=weights.dtype) if shared is None else shared.to(weights.dtype)
+    wide = torch.promote_types(x.dtype, weights.dtype)
+    y = torch.zeros_like(x, dtype=wide) if shared is None else shared.to(wide)
     for e, (gate_up_, down_) in enumerate(zip(gate_up.unbind(), down.unbind())):             # gate_up[e] would cost E gradients of its size
         token, slot = torch.where(chosen == e)                                               # SYNC on a GPU
         h = F.linear(swiglu.reference(F.linear(x[token], gate_up_)), down_)

@@ -162,7 +162,8 @@ class LingConfig:
         require(0 < r <= self.head_dim,
                 f"rotary width {r} is outside 1..head_dim={self.head_dim}; set partial_rotary_factor in (0, 1] or rotary_dim")
         if self.rotary_dim:                                      # Ling-1T's file has only this; other engines look for the factor first
-            self.partial_rotary_factor = r / self.head_dim
+            factor = r / self.head_dim
+            self.partial_rotary_factor = factor if int(self.head_dim * factor) == r else math.nextafter(factor, 1)
         require(r % 2 == 0,
                 f"rotary width {r} (of head_dim={self.head_dim}) is odd, but dims rotate in pairs; set rotary_dim to an even number")
         require(self.rope_theta > 1 and self.rms_norm_eps > 0,
@@ -208,9 +209,10 @@ class LingConfig:
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
             d |= dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, rotary_dim=None, n_group=1, topk_group=1,
                       routed_scaling_factor=1.0, num_nextn_predict_layers=0, moe_router_enable_expert_bias=False)
+            d.setdefault("rms_norm_eps", 1e-5)                   # the official class's, as below
         elif architecture == LING2:     # the official gate ignores score_function and norm_topk_prob: always sigmoid, always normalised
             d |= dict(score_function="sigmoid", norm_topk_prob=True, norm_head=False)
-            d.setdefault("partial_rotary_factor", 1.0)           # the official class's; a file may bring rotary_dim instead (Ling-1T)
+            d = dict(partial_rotary_factor=1.0, rope_theta=600000.0, max_position_embeddings=32768) | d      # Ling-1T's has rotary_dim
         elif architecture != "Ling":
             raise BadInput(f"architecture {architecture!r} is neither Ling 1 ({LING1}) nor Ling 2 ({LING2})")
         d["num_key_value_heads"] = d.get("num_key_value_heads") or d["num_attention_heads"]
@@ -297,8 +299,8 @@ def rope_frequencies(config):
     # `factor`, with a ramp between the two dims that turn beta_fast and beta_slow times.
     context = scaling.get("original_max_position_embeddings") or (4096 if config.is_ling1 else config.max_position_embeddings)
     dim_of = lambda turns: r * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-    low = max(math.floor(dim_of(scaling.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(dim_of(scaling.get("beta_slow") or 1)), r - 1)
+    floor, ceil = (math.floor, math.ceil) if config.is_ling1 or scaling.get("truncate", True) else (float, float)
+    low, high = max(floor(dim_of(scaling.get("beta_fast") or 32)), 0), min(ceil(dim_of(scaling.get("beta_slow") or 1)), r - 1)
     ramp = ((torch.arange(r // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)  # 1 = slow
     # The official Ling 1 reads mscale with or without mscale_all_dim, Ling 2 (transformers) only the two together.
     growth = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -462,10 +464,12 @@ def update_expert_bias(model, load):
     config = model.config
     if config.is_ling1 or not config.moe_router_enable_expert_bias:
         return
-    load = load.float()
+    load, blocks = load.float(), model.moe_blocks()
+    require(len(load) == len(blocks), f"load has {len(load)} rows, the model {len(blocks)} MoE layers, MTP's among them; take the load "
+            "of a call with targets")
     direction = (load.mean(1, keepdim=True) - load).sign()                                   # (MoE layers, E)
     step = config.expert_bias_update_rate * (direction - direction.mean(1, keepdim=True))
-    for block, change in zip(model.moe_blocks(), step, strict=True):
+    for block, change in zip(blocks, step):
         block.mlp.gate.expert_bias += change
 
 
@@ -753,19 +757,24 @@ class Ling(nn.Module):
     def from_pretrained(cls, path, dtype=None, device=None, progress=None):
         """A model from a folder with config.json and *.safetensors (a release, or save_pretrained's), or from a run of train.py.
 
-        dtype None keeps what is stored: a run's fp32; FP8 becomes config.json's torch_dtype, or else bf16. expert_bias stays fp32:
-        in bf16 its updates of 1e-3 would vanish. progress(done, total), in bytes, is called after each tensor of a release.
+        dtype None keeps what is stored: a run's fp32; FP8 becomes config.json's torch_dtype, or else bf16; where files mix dtypes, all
+        matrices get the widest. expert_bias stays fp32: in bf16 its updates of 1e-3 would vanish. progress(done, total), in bytes, is
+        called after each tensor of a release.
         Raises BadInput when a tensor is missing, unexpected, or of the wrong shape or dtype, or a file is damaged."""
         with torch.device("meta"):
             model = cls(read_config(path))
-        source, declared = open_weights(path, model), read_json(Path(path) / "config.json").get("torch_dtype")
-        of_fp8 = next((t for t in FLOATS if str(t) == f"torch.{declared}"), torch.bfloat16)
-        for own, rows in itertools.groupby(released_table(model), key=lambda row: row[1]):
-            stored = [source[name].dtype for names, *_ in rows for name in names if name in source] if isinstance(source, dict) else []
-            found = [of_fp8 if t == FP8 else t for t in stored] or [torch.float32]
-            kept = torch.float32 if own.endswith("expert_bias") else dtype or functools.reduce(torch.promote_types, found)
+        source, file = open_weights(path, model), read_json(Path(path) / "config.json")
+        of_fp8 = next((t for t in FLOATS if str(t) == f"torch.{file.get('torch_dtype') or file.get('dtype')}"), torch.bfloat16)
+        widest = {}                                              # dtype stored; what multiplies the activations needs one for all
+        for names, own, _ in released_table(model):
+            key = own if own.endswith(("norm.weight", "mlp.gate.weight", "expert_bias")) else "matmuls"
+            for tensor in filter(None, map(source.get, names) if isinstance(source, dict) else ()):
+                found = of_fp8 if tensor.dtype == FP8 else tensor.dtype
+                widest[key] = torch.promote_types(widest.get(key, found), found)
+        for own, p in [*model.named_parameters(), *model.named_buffers()]:
+            kept = torch.float32 if own.endswith("expert_bias") else dtype or widest.get(own) or widest.get("matmuls", torch.float32)
             module, leaf = model.get_submodule(own.rpartition(".")[0]), own.rpartition(".")[2]
-            new = torch.empty(getattr(module, leaf).shape, dtype=kept, device=device)
+            new = torch.empty(p.shape, dtype=kept, device=device)
             if new.device.type == "cpu":    # numpy's memory has huge pages on Linux; in small ones, page faults took longer than reading
                 raw = np.empty(new.nbytes + 64, np.uint8)
                 new = torch.from_numpy(raw[-raw.ctypes.data % 64:][:new.nbytes]).view(kept).view(new.shape)   # aligned as torch does
@@ -811,7 +820,7 @@ class Ling(nn.Module):
         path = Path(path)
         require(not any(path.glob("step_*")), f"{path} is a run of train.py, which would go on loading its checkpoints; save elsewhere")
         path.mkdir(parents=True, exist_ok=True)
-        dtype_of = lambda own: self.own_tensor(own).dtype if dtype is None or own.endswith("expert_bias") else dtype
+        dtype_of = lambda own: torch.float32 if own.endswith("expert_bias") else dtype or self.own_tensor(own).dtype
         shards, room = [[]], max_shard_bytes                                                 # each a list of (name, own, e, i of n, shape)
         for names, own, e in released_table(self):
             for i, name in enumerate(names):
@@ -921,13 +930,14 @@ def released_table(model):
 
 
 def check_table(path, model, tensors):
-    """Names and shapes agree, or BadInput. Tolerated: MTP blocks the model does not want, rotary tables of old releases, a stored
-    copy of a tied lm_head, and an absent expert_bias (zero) where the config says it is off."""
+    """Names and shapes agree, or BadInput. Tolerated: MTP blocks the model does not want, rotary tables of old releases, the empty
+    matrices of no shared experts, a stored copy of a tied lm_head, and an absent expert_bias (zero) where the config says it is off."""
     c, table = model.config, list(released_table(model))
     expected = {name for names, *_ in table for name in names}
     optional = {name for name in expected if name.endswith("expert_bias") and not c.moe_router_enable_expert_bias}
     layer_of = lambda name: int((re.match(r"model\.layers\.(\d{1,9})\.", name) or (0, -1))[1])               # -1: of none
-    is_extra = lambda name: (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and c.tie_word_embeddings) or
+    is_extra = lambda name: (name.endswith("rotary_emb.inv_freq") or 0 in tensors[name].shape or
+                             (name == "lm_head.weight" and c.tie_word_embeddings) or
                              (not c.num_nextn_predict_layers and layer_of(name) >= c.num_hidden_layers))
     missing = sorted(expected - tensors.keys() - optional)
     surplus = sorted(name for name in tensors.keys() - expected if not is_extra(name))

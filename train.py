@@ -1367,11 +1367,17 @@ DEVICES = {                      # peaks by data sheets. [Ling1]'s C is an A100 
 REPORTED = {"ling-plus": (6.35e6, 5.08e6)}    # RMB for 1T tokens [Ling1]: on D, and on a "lower-specification system" it does not name
 
 
+@functools.cache
+def cpu_peak():
+    """FLOP/s of the best of six fp32 matmuls."""
+    a, b = torch.randn(2, 1024, 1024)
+    return 2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ b, repeat=6, number=1))
+
+
 def this_device(team):
-    """The Device this process runs on. A CPU's peak is measured, by the best of six matmuls."""
+    """The Device this process runs on."""
     if team.device.type == "cpu":
-        a, b = torch.randn(2, 1024, 1024)
-        return Device(2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ b, repeat=6, number=1)), team.memory)
+        return Device(cpu_peak(), team.memory)
     name = torch.cuda.get_device_name(team.device) if team.device.type == "cuda" else ""
     known = (d for key, d in DEVICES.items()
              if len(key) > 1 and "MIG" not in name and all(re.search(rf"\b{part}\b", name) for part in key.split("-")))
