@@ -818,7 +818,7 @@ class Ling(nn.Module):
         Of a sharded model every rank calls this; the ranks write the shards in turn, and none holds more than one matrix it does
         not keep. dtype None: that of the weights; expert_bias is always fp32."""
         path = Path(path)
-        require(not any(path.glob("step_*")), f"{path} is a run of train.py, which would go on loading its checkpoints; save elsewhere")
+        require(not checkpoints(path), f"{path} is a run of train.py, which would go on loading its checkpoints; save elsewhere")
         path.mkdir(parents=True, exist_ok=True)
         dtype_of = lambda own: torch.float32 if own.endswith("expert_bias") else dtype or self.own_tensor(own).dtype
         shards, room = [[]], max_shard_bytes                                                 # each a list of (name, own, e, i of n, shape)
@@ -994,13 +994,33 @@ def write_beside(path, write):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def hold(path):
+    """Keep other commands from writing this file or folder too. Raises BadInput if one does. Nothing on systems without flock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)                          # a process that dies lets go
+    try:
+        with contextlib.suppress(OSError):                       # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"{path}: another process is writing there; wait until it is done, or give another --out") from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_json(path, value):
     write_beside(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
@@ -1139,10 +1159,16 @@ def write_safetensors(path, layout, tensors):
     write_beside(path, write)
 
 
-def find_checkpoint(run, share=slice(None), agree=lambda damage: damage):
+def checkpoints(run):
+    """The folders of a run's checkpoints, oldest first."""
+    found = (folder for folder in Path(run).glob("step_*") if re.fullmatch(r"step_\d{8,}", folder.name) and folder.is_dir())
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
+
+
+def find_checkpoint(run, folders=None, share=slice(None), agree=lambda damage: damage):
     """The newest intact checkpoint of a run folder, or None. A damaged one is named in a warning and passed over.
-    Several processes may each check a share of the files, and agree on what they found."""
-    for folder in sorted(Path(run).glob("step_*"), reverse=True):
+    Several processes may each check a share of the files of the same folders, and agree on what they found."""
+    for folder in reversed(checkpoints(run) if folders is None else folders):
         if damage := agree(checkpoint_damage(folder, share)):
             warnings.warn(f"checkpoint {folder} is damaged ({damage}); trying the one before it", stacklevel=2)
         else:

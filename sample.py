@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import attention, attention_by_table, pow2
-from ling import BadInput, Ling, read_json, require, verify_checksums, write_beside
+from ling import BadInput, Ling, checkpoints, hold, read_json, require, verify_checksums, write_beside
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Tokenizers. All are byte-level BPE, run by tiktoken: bytes -> rank, and the rank is the id.
@@ -107,6 +107,7 @@ def load_tokenizer(spec):
         raise BadInput(f"{path} has no tokenizer.json or tokenizer.tiktoken; name one with --tokenizer")
     if path.exists():
         return released_tokenizer(path) if path.suffix == ".json" else Tokenizer.from_ranks(read_ranks(path))
+    require(not re.fullmatch(r"bpe\d+", spec), f"tokenizer {spec!r} is learned from a run's text and kept with it; give the run, or its file")
     if spec not in tiktoken.list_encoding_names():
         raise BadInput(f"tokenizer {spec!r} is not a file, bytes, bpeN or one of {', '.join(tiktoken.list_encoding_names())}")
     try:
@@ -142,7 +143,13 @@ def released_tokenizer(path):
         steps = raw["pre_tokenizer"].get("pretokenizers", [raw["pre_tokenizer"]])
         patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]   # without one, ByteLevel has GPT-2's
         require(len(patterns) == 1, f"it cuts text by {len(patterns)} patterns of its own, Ling's by one")
-        nfc = "NFC" in json.dumps(raw.get("normalizer"))
+        cut, *rest = steps
+        require(cut.get("behavior") == "Isolated" and not cut.get("invert") and [step["type"] for step in rest] == ["ByteLevel"]
+                and not rest[0].get("add_prefix_space") and not rest[0].get("use_regex", True),
+                "it cuts text otherwise than Ling's, whose two steps are Split (Isolated) and a bare ByteLevel")
+        normalizer = raw.get("normalizer")
+        nfc = normalizer is not None
+        require(not nfc or normalizer == {"type": "NFC"}, f"its normalizer is {normalizer}; Ling's is NFC or none")
         # GPT-2's alphabet: printable bytes stand for themselves, the rest for code points from 256 on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -151,6 +158,7 @@ def released_tokenizer(path):
         ranks = {to_bytes(token): rank for token, rank in vocab.items() if token not in specials}
         pairs = [(to_bytes(a), to_bytes(b)) for a, b in merges]
         require(all(bytes([b]) in ranks for b in range(256)), "not every byte is a token")
+        require(len({*specials.values(), *ranks.values()}) == len(specials) + len(ranks), "two tokens have one id")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     order = [ranks.get(a + b, -1) for a, b in pairs]
@@ -189,7 +197,7 @@ def chat_style(folder, config, tokenizer):
     Ling 1 and Ling 2's base models have the plain v1, in which only the next role ends a turn."""
     require("<role>" in tokenizer.specials, f"the tokenizer of {folder} has no <role> token: not a model one can chat with; use --prompt")
     file = Path(folder) / "chat_template.jinja"
-    template = file.read_text() if file.exists() else str(json_beside(folder, "tokenizer_config.json").get("chat_template") or "")
+    template = file.read_text("utf-8") if file.exists() else str(json_beside(folder, "tokenizer_config.json").get("chat_template") or "")
     is_v2 = ROLE_END in template if template else ROLE_END in tokenizer.specials and not config.is_ling1
     return "v2" if is_v2 else "v1", bool(re.search(r"thinking_option\s*=\s*['\"]on|detailed thinking on", template))
 
@@ -210,7 +218,8 @@ def render(messages, style, thinking=False, tools=()):
 
 
 def render_v1(messages, thinking, tools):
-    require(not tools and not thinking, "the chat template of Ling 1 and of base models knows no tools and no thinking; leave them out")
+    require(not tools and not thinking and not any(message.get("tool_calls") for message in messages),
+            "the chat template of Ling 1 and of base models knows no tools and no thinking; leave them out")
     for message in messages:
         role = message["role"].upper()
         yield f"<role>{'HUMAN' if role == 'USER' else role}</role>", True
@@ -275,13 +284,15 @@ def split_thought(message):
 
 
 def split_calls(text):
-    """An assistant's text -> {"content", "tool_calls"} of its message; what is not a call in JSON stays text."""
-    content, *calls = re.split(r"\n?<tool_call>\n?", text)
+    """An assistant's text -> {"content", "tool_calls"} of its message. What is in a thought, or no call in JSON, or followed by more than
+    calls, stays text."""
+    thought, mark, answer = text.rpartition("</think>")
+    content, *calls = re.split(r"\n?<tool_call>\n?", answer)
     try:
-        calls = [json.loads(call.partition("</tool_call>")[0]) for call in calls]
+        calls = [json.loads(call.strip().removesuffix("</tool_call>")) for call in calls]
     except (ValueError, RecursionError):
         calls = None
-    return {"content": content, "tool_calls": calls} if are_calls(calls) else {"content": text}
+    return {"content": thought + mark + content, "tool_calls": calls} if calls and are_calls(calls) else {"content": text}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -596,6 +607,8 @@ class Engine:
     def choose(self, logits, after):
         """logits (n,V), which follow position p of a request, after[i] = (request, p) -> n ids. Requests that draw alike do so together:
         what each draws is up to its seed and the position."""
+        require(bool(logits.isfinite().all()), "the model's logits are not finite: its weights are broken, or --dtype is too narrow for "
+                "them; try bfloat16 or float32")                 # SYNC
         chosen, alike = [0] * len(after), collections.defaultdict(list)
         for i, (request, p) in enumerate(after):
             sampling = dict(request.sampling) if request.tokens else {"temperature": 0}
@@ -742,14 +755,14 @@ class Desk:
     def request(self, ids, given={}, where="--", name=None):
         """A request to continue ids; `given` may set SETTINGS and "stop", where the flags do not hold. Raises BadInput."""
         chosen, stops = settings(self.args, given, where)
-        seed = str(chosen.pop("seed")) + ("" if name is None else f"/{name}")
+        seed = str(chosen.pop("seed")) + ("" if name is None else "/" + name.encode(errors="backslashreplace").decode())
         return Request(ids, chosen.pop("tokens"), seed=seed, sampling=chosen, stop_ids=self.stop_ids, bytes_of=self.tokenizer.bytes_of,
                        stream=Stream(stops), where=where if given else "")
 
     def prompt_job(self, line, where, name):
         """A line of --prompts -> [request], and what to report of it when it is finished."""
-        require(("prompt" in line) != ("messages" in line), f'{where}must have either "prompt" or "messages"')
-        require(isinstance(line.get("prompt", ""), str), f"{where}prompt must be a string")
+        require(("prompt" in line) != ("messages" in line), 'must have either "prompt" or "messages"')
+        require(isinstance(line.get("prompt", ""), str), "prompt must be a string")
         ids = self.encode(line["prompt"]) if "prompt" in line else self.encode_chat(line["messages"], line.get("tools") or ())
         request, n = self.request(ids, line, where, name), len(ids)
         return [request], lambda: {"text": request.text, "tokens": len(request.ids) - n, "finish": request.finish}
@@ -759,12 +772,12 @@ class Desk:
         texts = line.get("choices", [line.get("continuation", line.get("text"))])
         context, limit, groups = line.get("context", ""), self.model.config.max_position_embeddings, []
         require(isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts) and isinstance(context, str),
-                f'{where}must have "text", or "context" and "continuation", or "context" and a list "choices", none of them empty')
-        require("text" not in line or "context" not in line,
-                f'{where}"text" is scored from its start; give "continuation" with a "context"')
+                'must have "text", or "context" and "continuation", or "context" and a list "choices", none of them empty')
+        require("text" not in line or not {"context", "continuation", "choices"} & line.keys(),
+                '"text" is scored from its start; give "continuation" with a "context"')
         answer = line.get("answer", 0) if "choices" in line else 0
         require(type(answer) is int and 0 <= answer < len(texts),
-                f"{where}answer {answer!r} must be the number of a choice, 0..{len(texts) - 1}")
+                f"answer {answer!r} must be the number of a choice, 0..{len(texts) - 1}")
         words = context.rstrip()                                                             # a blank belongs to the word after it
         before = self.encode(words)
         for text in texts:
@@ -773,7 +786,7 @@ class Desk:
                 ids = before + self.tokenizer.encode(context[len(words):] + text)
             # A text that outgrows the model is read in windows that share one token, a continuation must fit.
             require("text" in line or len(ids) <= limit,
-                    f"{where}{len(ids)} tokens exceed max_position_embeddings={limit}; shorten the context")
+                    f"{len(ids)} tokens exceed max_position_embeddings={limit}; shorten the context")
             groups.append([Request(ids[i:i + limit], score_from=len(before) if i == 0 else 1, where=where)
                            for i in range(0, len(ids) - 1, limit - 1)])
 
@@ -825,7 +838,10 @@ def chat(desk, tools):
     while True:
         try:
             line = input("> " if terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:                                # perhaps meant for a reply that has just ended
+            line = "" if terminal else "/quit"
+            print()
+        except EOFError:
             line = "/quit"
         if line == "/quit":
             return 0
@@ -852,7 +868,9 @@ def chat(desk, tools):
         new, seconds = len(request.ids) - n, time.perf_counter() - start
         print(f"[{new} tokens, {new / max(seconds, 1e-9):.1f} tokens/s; read {n - engine.shared + shared} of {n}{engine.guesses()}]",
               file=sys.stderr)
-        messages = [*turn, {"role": "assistant", **split_calls(request.text)}]
+        marked = desk.tokenizer.specials.get("<tool_call>") in (None, *request.ids[n:])       # else it wrote about a call, and made none
+        said = split_calls(request.text) if marked and desk.style[0] == "v2" else {"content": request.text}
+        messages = [*turn, {"role": "assistant", **said}]
 
 
 def read_lines(path, lines=None):
@@ -868,11 +886,13 @@ def read_lines(path, lines=None):
         raise BadInput(f"{path} line {number}: not JSON ({error})") from None
 
 
-def answer_file(desk, path, out, make):
+def answer_file(desk, path, out, make, held):
     """One line of JSON in `out` (None: stdout) for each line of `path`, as it is finished: "id", what `make` reports, whatever else the
     line held, and a checksum of the request. Run again after whatever happened, only what is missing is done; at the end lines are in
-    order."""
-    known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text"}
+    order. held: an ExitStack, for the lock of `out`."""
+    if old := bool(out) and Path(out).exists():
+        held.enter_context(hold(out))
+    known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text", "request"}
     weights = [(str(file), file.stat().st_mtime_ns) for file in sorted(desk.folder.resolve().glob("*"))
                if file.suffix in (".safetensors", ".jinja", ".tiktoken")
                or file.name in ("latest", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")]
@@ -884,9 +904,12 @@ def answer_file(desk, path, out, make):
         name = str(line.setdefault("id", number))
         require(name not in heads, f"{where}id {name!r} is that of an earlier line; make it another")
         mark = f"{zlib.crc32(json.dumps([flags, line], sort_keys=True).encode()):08x}"
-        heads[name] = {**{key: value for key, value in line.items() if key not in known}, "request": mark}
+        heads[name] = {"id": line["id"], "request": mark, **{key: value for key, value in line.items() if key not in known}}
         if name not in answers:
-            jobs.append((name, *make(line, where, name)))
+            try:
+                jobs.append((name, *make(line, where, name)))
+            except BadInput as error:
+                raise BadInput(where + str(error).removeprefix(where)) from None
         require(name not in answers or answers[name]["request"] == mark,
                 f"{out} has an answer to {name!r} from another prompt, model or setting; give another --out, or remove it")
     owner = {request: job for job in jobs for request in job[1]}
@@ -894,12 +917,17 @@ def answer_file(desk, path, out, make):
     for request in owner:
         engine.check(request)                                    # before --out is there
     there, start = len(heads) - len(jobs), time.perf_counter()
-    told, file = start, open(out, "a", encoding="utf-8", errors="backslashreplace") if out else sys.stdout
+    told, file, utf8 = start, sys.stdout, bool(out) or (sys.stdout.encoding or "").lower().startswith("utf")
+    if out:
+        file = open(out, "a" if old else "x", encoding="utf-8", errors="backslashreplace")   # x: should another command have made it since
+        if not old:
+            held.enter_context(hold(out))
     for request in engine.serve(owner):
         name, group, report = owner[request]
         if request.finish and all(other.finish for other in group):
             answers[name] = {**heads[name], **report()}
-            print(json.dumps(answers[name], ensure_ascii=False), file=file, flush=True)
+            file.write(json.dumps(answers[name], ensure_ascii=not utf8) + "\n")              # at once
+            file.flush()
         if time.perf_counter() > told + 5:
             told = time.perf_counter()
             print(f"{sum(name in answers for name in heads)} of {len(heads)} done, {engine.read / (told - start):,.0f} tokens/s",
@@ -923,7 +951,8 @@ def answers_so_far(out):
     require(Path(out).is_file(), f"--out {out} is not a file; leave it out to write to stdout")
     *whole, rest = Path(out).read_bytes().split(b"\n")
     lines = [line for _, line in read_lines(out, whole)]
-    require((lines or not rest) and all(isinstance(line, dict) and {"id", "request"} <= line.keys() for line in lines),
+    begun = rest.startswith(b'{"id": ') and b'"request": "' in rest                          # the first answer, cut short
+    require((lines or not rest or begun) and all(isinstance(line, dict) and {"id", "request"} <= line.keys() for line in lines),
             f"{out} holds something else than answers; give another --out")
     if rest:
         os.truncate(out, os.path.getsize(out) - len(rest))
@@ -947,7 +976,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_cli(prog, main):
     """Run a main(). A user's mistake, a full disk or too little memory ends it with one line on stderr and exit code 2."""
-    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")              # closed, as under a service
+    sys.stdin = sys.stdin or open(os.devnull)                    # closed, as under a service
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")                 # a terminal without UTF-8 shows ? and not a traceback
@@ -984,16 +1014,17 @@ def pick_device(name):
 
 
 def newest_run(root=Path("runs")):
-    runs = [run for run in root.glob("*") if (run / "config.json").exists() and any(run.glob("step_*"))]
+    runs = [run for run in root.glob("*") if (run / "config.json").exists() and checkpoints(run)]
     require(runs, f"no run with a checkpoint under {root}/; train one with python train.py, or give a folder")
-    return max(runs, key=lambda run: max(step.stat().st_mtime for step in run.glob("step_*")))
+    return max(runs, key=lambda run: max(step.stat().st_mtime for step in checkpoints(run)))
 
 
 def tokenizer_of(folder, given=None):
     """The tokenizer of a folder; `given` names one where the folder has none. Raises BadInput when they differ."""
-    own = any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.tiktoken"))
+    own = any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.tiktoken", "train.json"))
     tokenizer = load_tokenizer(given or str(folder))
-    if own and given and load_tokenizer(str(folder)).file != tokenizer.file:
+    same = lambda a, b: (a.file, a.encoding.name) == (b.file, b.encoding.name)
+    if own and given and not same(tokenizer, load_tokenizer(str(folder))):
         raise BadInput(f"--tokenizer {given} is not the one in {folder}, which the weights were trained with; drop the flag")
     return tokenizer
 
@@ -1041,7 +1072,7 @@ def main(argv=None):
         help="with --prompts or --score: where the answers go, and what is there already is not done again; default: stdout")
     add("batch", type=int, default=64, help="requests that share a pass (64)")
     add("cache_gb", type=float, default=4.0, help="largest size of the buffer for keys and values, in GB (4)")
-    add("speculate", action="store_true", help="let the MTP block guess one token more a pass; what comes out is the same")
+    add("speculate", action="store_true", help="let the MTP block guess one token more a pass; in fp32 what comes out is the same")
     add("tokenizer", help="needed only where the folder has none: bytes, a file, or a tiktoken name")
     add("checksums", action="store_true", help="first compare the weights' files with the SHA256SUMS beside them")
     add("dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
@@ -1052,8 +1083,8 @@ def main(argv=None):
     require(len(modes) < 2, f"--{' and --'.join(modes)} exclude each other; give one")
     for flag, with_ in (("system", ["chat"]), ("tools", ["chat"]), ("think", ["chat", "prompts"]), ("out", ["prompts", "score"])):
         require(getattr(args, flag) is None or modes and modes[0] in with_, f"--{flag} goes with --{' or --'.join(with_)}")
-    require(args.batch >= 1 and 0 < args.cache_gb < math.inf,
-            f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0")
+    require(args.batch >= 1 and 0 < args.cache_gb <= 1e6,
+            f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0 and at most 1e6")
     require(not (args.speculate and (args.score or args.show_routing)), "--speculate goes with neither --score nor --show_routing")
     require(not args.show_routing or modes in ([], ["prompt"]), f"--show_routing does not go with --{''.join(modes)}")
     tools = read_json(args.tools) if args.tools else []
@@ -1069,7 +1100,8 @@ def main(argv=None):
         return chat(desk, tools)
     for path, make in ((args.prompts, desk.prompt_job), (args.score, desk.score_job)):
         if path is not None:
-            return answer_file(desk, path, args.out, make)
+            with contextlib.ExitStack() as held:
+                return answer_file(desk, path, args.out, make, held)
     prompt = args.prompt if args.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
     return one_text(desk, prompt, args.show_routing)
 

@@ -1269,6 +1269,17 @@ def test_released_tokenizer(tmp_path):
     path.write_text(json.dumps(released_json([("a", "b"), ("c", "d")], {"ab": 257, "cd": 256})))
     with pytest.raises(BadInput, match="do not follow"):
         sample.load_tokenizer(str(path))
+    split, byte_level = released_json([])["pre_tokenizer"]["pretokenizers"]
+    for steps in ([split | {"behavior": "Removed"}, byte_level], [split, {"type": "Digits"}, byte_level], [split, {"type": "ByteLevel"}],
+                  [split | {"invert": True}, byte_level], [split, byte_level | {"add_prefix_space": True}], [split]):
+        path.write_text(json.dumps(released_json([]) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}))
+        with pytest.raises(BadInput, match="cuts text otherwise"):
+            sample.load_tokenizer(str(path))
+    for change, words in (({"normalizer": {"type": "NFKC"}}, "its normalizer is"),
+                          ({"added_tokens": [{"id": 7, "content": "<role>"}]}, "two tokens have one id")):
+        path.write_text(json.dumps(released_json([]) | change))
+        with pytest.raises(BadInput, match=words):
+            sample.load_tokenizer(str(path))
     gpt2 = released_json([]) | {"pre_tokenizer": {"type": "ByteLevel"}}                      # which cuts words by a pattern of its own
     lacking = released_json([("a", "b")])
     lacking["model"]["vocab"] = {token: i for i, token in enumerate([*list(lacking["model"]["vocab"])[1:], "abc"])}
@@ -1618,6 +1629,8 @@ def test_many_prompts_survive_kills(weights):
         with open("out.jsonl", "a") as out:
             out.write('{"id": "p29", "text": "half a l')
     there = len(Path("out.jsonl").read_text().splitlines()) - 1
+    with ling.hold("out.jsonl"):
+        assert "out.jsonl: another process is writing there" in cli(sample, *command)[2]
     code, _, err = cli(sample, *command)
     assert code == 0 and 0 < there < 30 and f"{30 - there} done, {there} were there" in err, err
     answers = lines_of("out.jsonl")
@@ -1634,6 +1647,13 @@ def test_many_prompts_survive_kills(weights):
     for argv, words in ((["--seed", "1"], "another prompt, model or setting"), (["--tokens", "0"], "tokens 0 must be at least 1")):
         code, _, err = cli(sample, *command, *argv)
         assert code == 2 and words in err and Path("out.jsonl").read_bytes() == before, err
+    first = Path("in.jsonl").read_text().partition("\n")[0]
+    Path("one.jsonl").write_text(first)
+    for cut in (None, 60, -1):                                   # the very first answer, cut short by a full disk, is no foreign file
+        if cut:
+            Path("one.out").write_bytes(Path("one.out").read_bytes()[:cut])
+        code, _, err = cli(sample, "m", "--prompts", "one.jsonl", "--temperature", "0", "--out", "one.out")
+        assert code == 0 and "1 done, 0 were there" in err and lines_of("one.out")[0]["text"] == answers[0]["text"], err
     template = Path("m/chat_template.jinja")
     template.write_text("another")                               # changes what a message becomes, not the weights
     assert "another prompt, model or setting" in cli(sample, *command)[2]
@@ -1645,7 +1665,7 @@ def test_many_prompts_survive_kills(weights):
     assert [answer["id"] for answer in lines_of("out.jsonl")] == ["new", *(answer["id"] for answer in answers)]
     for bad, words in (({"prompt": 3}, "line 1: prompt must be a string"), ({}, '"prompt" or "messages"'),
                        ({"prompt": "x", "tokens": 400}, "line 1: 1 tokens of prompt"), ({"prompt": "x", "top_p": 0}, "line 1: top_p 0"),
-                       ({"prompt": "x", "stop": [""]}, "stop"), ([], "JSON object"), ({"messages": [{"role": "boss"}]}, "'boss'"),
+                       ({"prompt": "x", "stop": [""]}, "stop"), ([], "JSON object"), ({"messages": [{"role": "boss"}]}, "bad.jsonl line 1: a message's role is 'boss'"),
                        ({"messages": [{"role": "user", "content": ["x"]}]}, "must be a string"),
                        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
                        ({"messages": [{"role": "user"}], "tools": "f"}, "tools must be a list"),
@@ -1680,6 +1700,15 @@ def test_scores(weights):
     write_lines(weights / "other.jsonl", [{"context": "b", "choices": ["x", "y"], "answer": 0}])
     for file, words in (("in.jsonl", "of 1 correct"), ("other.jsonl", "of 1 correct"), ("in.jsonl", "of 1 correct")):
         assert words in cli(sample, "m", "--score", file, "--out", "both.jsonl")[2]          # of this file's, whatever else is there
+    write_lines(weights / "bad.jsonl", [{"text": "fine"}, {"text": "abc", "continuation": "zz"}])
+    assert 'bad.jsonl line 2: "text" is scored from its start' in cli(sample, "m", "--score", "bad.jsonl")[2]
+    broken, zero = Ling.from_pretrained("m"), torch.zeros(())
+    broken.lm_head.weight.data[3] = zero / zero                  # as after an overflow: "best": 0, "correct": true
+    broken.save_pretrained("broken")
+    shutil.copy("m/tokenizer.json", "broken")
+    for argv in (["--score", "other.jsonl"], ["--prompt", "x"]):
+        code, out, err = cli(sample, "broken", *argv)
+        assert code == 2 and "logits are not finite" in err and "best" not in out, err
     rows = [row["logprob"] for row in choice["choices"]]
     assert choice["best"] == int(np.argmax(rows)) and choice["correct"] == (choice["best"] == 1) and choice["id"] == "q"
     assert choice["best_per_byte"] == int(np.argmax([row / n for row, n in zip(rows, (2, 3, 4))]))
@@ -1725,8 +1754,13 @@ def test_a_chat(weights, monkeypatch, capsys):
     call = sample.split_calls('I look.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
                               '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>')
     assert call == {"content": "I look.", "tool_calls": [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]}
-    for text in ("a <tool_call> of sorts", "<tool_call>\n3\n</tool_call>"):
+    made = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    for text in ("a <tool_call> of sorts", "<tool_call>\n3\n</tool_call>", made + "\nAnd more.", f"<think>I might {made}</think>\nNo."):
         assert sample.split_calls(text) == {"content": text}
+    thought = "<think>a <tool_call>?</think>\n\n"
+    assert sample.split_calls(f"{thought}\n{made}\n") == {"content": thought, "tool_calls": [{"name": "f", "arguments": {}}]}
+    with pytest.raises(BadInput, match="knows no tools"):
+        [*sample.render([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}], "v1")]
     for flags, words in ((["--chat", "--prompt", "x"], "exclude"), (["--system", "x"], "goes with --chat"),
                          (["--out", "x"], "goes with --prompts"), (["--score", "x", "--speculate"], "--speculate"),
                          (["--prompt", "x", "--think"], "--think goes with"), (["--chat", "--show_routing"], "--show_routing"),
@@ -1770,7 +1804,10 @@ def test_schedules():
     ling1 = dataclasses.replace(c, halve_at=0.6, decay=0.0)
     assert (train.lr_at(599, ling1), train.lr_at(600, ling1), train.lr_at(999, ling1)) == (1.0, 0.5, 0.5)
     c = train.TrainConfig(steps=10, seq_len=8, batch_tokens=64, batch_warmup_steps=4, batch_start=0.25)
-    assert np.diff(train.batch_schedule(c)).tolist() == [2, 4, 5, 6, 8, 8, 8, 8, 8, 8]
+    assert np.diff(train.batch_schedule(c, c.steps)).tolist() == [2, 4, 5, 6, 8, 8, 8, 8, 8, 8]
+    for tokens in (1, 16, 17, 135, 136, 137, 200, 201):          # --tokens: the last step reaches them, the one before does not
+        c = train.TrainConfig(tokens=tokens, seq_len=8, batch_tokens=64, batch_warmup_steps=4, batch_start=0.25)
+        assert 8 * train.batch_schedule(c, c.steps)[-1] >= tokens > 8 * train.batch_schedule(c, c.steps)[-2]
 
 
 def test_shards(tmp_path):
@@ -1785,9 +1822,26 @@ def test_shards(tmp_path):
         assert np.array_equal(train.open_shard(tmp_path / f"{name}.bin", vocab), ids)
     with pytest.raises(BadInput, match="token id 499, beyond the vocabulary of 499"):
         train.open_shard(tmp_path / "raw16.bin", 499)
+    with pytest.raises(BadInput, match="raw32.bin has no header and looks like 32-bit"):
+        train.open_shard(tmp_path / "raw32.bin", 500)
     (tmp_path / "cut.bin").write_bytes(header.tobytes() + ids[:-5].tobytes())
     with pytest.raises(BadInput, match="header promises 3000"):
         train.open_shard(tmp_path / "cut.bin", 500)
+
+
+def test_what_is_held_out():
+    """A book held out and a note trained on; hours of evaluation of a few held-out shards; a file name that is no UTF-8."""
+    names = [f"shard{i}" for i in range(200)]
+    parts = train.split(dict.fromkeys(names, 10))
+    assert sorted(parts["train"] + parts["val"]) == sorted(names) and 0 < len(parts["val"]) < 10
+    book = parts["val"][0]
+    assert train.split({book: 990, "caf\udce9": 10}) == {"train": [book, "caf\udce9"], "val": []}
+    arrays = {"train": [np.arange(100)], "val": [np.arange(1600), np.arange(1600)]}
+    for tokens, windows in ((1 << 19, 200), (3200, 200), (3199, 100), (800, 50)):
+        data = train.Data(arrays, train.TrainConfig(seq_len=16, batch_tokens=16, eval_tokens=tokens))
+        batches = [targets for _, targets in data.held_out(8, "cpu")]
+        assert sum(map(len, batches)) == windows and batches[0][0].tolist() == [*range(1, 17)]
+        assert sum(len(targets) for rank in range(3) for _, targets in data.held_out(8, "cpu", rank, 3)) >= windows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1849,8 +1903,11 @@ def test_a_run_from_start_to_text(folder):
     assert (folder / "runs/toy-2").exists() and (run / "metrics.jsonl").read_bytes() == before
     exported = folder / "exported"
     Ling.from_pretrained(run).save_pretrained(exported)
+    (exported / "chat_template.jinja").write_text("{# its own #}")
     code, _, err = cli(train, *FLAGS[:2], "--init", str(exported), "--tokenizer", "bytes", "--out", "runs/tuned", *FLAGS[16:])
     assert code == 0, err
+    assert cli(train, "--out", "runs/tuned", "--export", "again")[0] == 0                    # and other engines find what they read
+    assert Path("again/chat_template.jinja").read_text() == "{# its own #}" and Path("again/tokenizer.tiktoken").exists()
     assert losses(folder / "runs/tuned")[1] < steps[0]["loss"] - 0.2                         # it starts from what it was given
 
 
@@ -1913,10 +1970,58 @@ def test_a_start_writes_over_nothing(folder):
         code, _, err = cli(train, *FLAGS, "--out", "mine")
         assert code == 2 and f"mine/{'train.json' if step == 2 else 'data'} is there" in err, err
     assert Path("elsewhere/text.txt").exists() and Path("mine/train.json").read_text() == "{}"
+    Path("mine/train.json").rename("mine/metrics.jsonl")         # another tool's
+    assert "mine/metrics.jsonl is there" in cli(train, *FLAGS, "--out", "mine")[2]
     assert cli(train, *FLAGS, "--steps", "2")[0] == 0
     (folder / "runs/toy/config.json").unlink()                   # as a start that was killed leaves it
     shutil.rmtree("runs/toy/step_00000002")
     assert cli(train, *FLAGS, "--steps", "2")[0] == 0
+
+
+def test_two_commands_in_one_run(folder):
+    """The same command in a second terminal: checkpoints of the one deleted by the other, half of the metrics gone."""
+    assert cli(train, *FLAGS, "--steps", "2")[0] == 0
+    before = Path("runs/toy/train.json").read_bytes()
+    with ling.hold("runs/toy"):
+        code, _, err = cli(train, *FLAGS, "--steps", "4")
+        assert code == 2 and "runs/toy: another process is writing there" in err and Path("runs/toy/train.json").read_bytes() == before
+    batch, seen = train.Data.batch, []
+    with pytest.MonkeyPatch.context() as patch:                  # while it trains, a new one and one that goes on
+        patch.setattr(train.Data, "batch", lambda *args: seen.append(cli(train, *FLAGS, "--out", args[0].out)[2]) or batch(*args))
+        for out in ("runs/toy", "runs/new"):
+            patch.setattr(train.Data, "out", out, raising=False)
+            assert cli(train, *FLAGS, "--steps", "4", "--out", out)[0] == 0
+    assert len(seen) == 6 and all("another process" in err for err in seen)
+
+
+def test_what_is_no_checkpoint(folder):
+    """A copy put aside that a run goes on from, or deletes; an archive beside the checkpoints that makes every save fail."""
+    assert cli(train, *FLAGS, "--steps", "2")[0] == 0
+    shutil.copytree("runs/toy/step_00000002", "runs/toy/step_best")
+    Path("runs/toy/step_00000001.tgz").write_text("")
+    code, out, err = cli(train, *FLAGS, "--steps", "8")
+    assert code == 0 and not err and "continuing at step 2" in out, (out, err)
+    assert sorted(path.name for path in Path("runs/toy").glob("step_*")) == [
+        "step_00000001.tgz", "step_00000006", "step_00000008", "step_best"]
+    assert [folder.name for folder in ling.checkpoints("runs/toy")] == ["step_00000006", "step_00000008"]
+
+
+def test_a_log_on_a_full_disk(tmp_path):
+    """A run that ends because its log cannot be written; a line torn in two that takes the next one with it."""
+    log, real = train.Log(tmp_path / "log"), None
+    log.write({"step": 1})
+    real, log.file = log.file, types.SimpleNamespace(write=lambda line: real.write(line[:5]))
+    with pytest.warns(UserWarning, match="lacks lines from here on .no room.; make room"):
+        log.write({"step": 2})
+
+    def full(line):
+        raise OSError(28, "No space left on device")
+    log.file = types.SimpleNamespace(write=full)
+    log.write({"step": 3})                                       # said once
+    log.file = real
+    log.write({"step": 4})
+    log.close()
+    assert [record["step"] for record in train.read_log(tmp_path / "log")] == [1, 4]
 
 
 def test_damaged_checkpoints(folder):
@@ -2023,10 +2128,25 @@ def test_bad_resume_and_bad_sampling(folder, monkeypatch):
                          (["--tokenizer", "bpe300"], "'bytes'")):
         code, _, err = cli(train, *FLAGS, *flags)
         assert code == 2 and words in err and "--fresh" in err and len(err.splitlines()) == 1, err
+    train_json, tokens = Path("runs/toy/train.json"), next(Path("runs/toy/data").glob("train.*"))
+    wrong = train_json.read_text().replace('"steps": 2', '"steps": "2"')
+    for path, content, words in ((train_json, wrong, "--steps '2' must be of type int"), (train_json, "[]", "must hold a JSON object"), (tokens, b"odd", "3 training tokens|data is damaged"),
+                                 (tokens, bytes(tokens.stat().st_size), "other files, or in another order")):
+        before = path.read_bytes()
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        code, _, err = cli(train, "--out", "runs/toy", "--lr", "0.003", *([] if path == train_json else ["--steps", "4"]))
+        assert code == 2 and re.search(words, err) and len(err.splitlines()) == 1, err
+        path.write_bytes(before)
+    assert "finished" in cli(train, *FLAGS, "--steps", "2", "--head_dim", "0")[1]            # what the config made of it is what it is
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "9")         # torchrun repeats the command: each time a new folder, at step 0
     assert "--fresh would start over at each restart" in cli(train, *FLAGS, "--fresh")[2] and not Path("runs/toy-2").exists()
     (folder / "runs/other").mkdir()
     (folder / "runs/other/tokenizer.tiktoken").write_bytes(sample.Tokenizer.from_ranks(train.learn_bpe(["abab"], 257)).file[1])
+    (folder / "runs/named").mkdir()
+    (folder / "runs/named/train.json").write_text('{"tokenizer": "bytes"}')
+    (folder / "runs/named/config.json").write_bytes(Path("runs/toy/config.json").read_bytes())
+    with pytest.raises(BadInput, match="not the one in runs/named"):
+        sample.tokenizer_of("runs/named", "runs/other")
     for flags, words in ((["--tokens", "0"], "at least 1"), (["--temperature", "-1"], "must be 0, or in"), (["--top_p", "0"], "above 0"),
                          (["--tokens", "99999"], "max_position_embeddings"), (["--tokenizer", "nope"], "nope"),
                          (["--device", "abacus"], "abacus"), (["--tokenizer", "runs/other"], "not the one in"),
@@ -2609,6 +2729,10 @@ def test_the_report_names_the_slow_rank(folder, monkeypatch):
     run_jobs(folder, [(3, [*TEAM, *LING2_FLAGS, "--slow", "--steps", "8", "--profile", "2", "--out", "runs/slow"])])
     code, out, err = cli(train, "--report", "runs/slow")
     assert code == 0 and "slowest: rank 1 (" in out and " in data, " in out and "to try: move the data" in out, (out, err)
+    for rank in range(3):                                        # and then alone: who is gone is not to blame
+        path = Path(f"runs/slow/trace/rank_{rank:05d}.jsonl")
+        path.write_text(path.read_text() + '{"step": 99, "steps": 9, "ranks": 1, "host": "a", "seconds": {"forward": 1, "data": 0}}\n' * (rank == 0))
+    assert "1 ranks, 9 steps" in cli(train, "--report", "runs/slow")[1]
     traces = sorted(Path("runs/slow/trace").glob("*_step_00000002.json"))
     assert len(traces) == 3 and {"data", "forward", "backward"} <= {
         event["name"] for event in json.loads(traces[1].read_text())["traceEvents"]}

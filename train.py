@@ -67,8 +67,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ling import (PRESETS, AllToAll, BadInput, Ling, LingConfig, MoE, Warmup, check_metadata, components, count_params, count_targets,
-                  file_crc, find_checkpoint, checkpoint_damage, flops_per_token, load_checkpoint, local, option, read_config, read_json,
-                  require, update_expert_bias, write_beside, write_json)
+                  checkpoints, file_crc, find_checkpoint, checkpoint_damage, flops_per_token, hold, load_checkpoint, local, option,
+                  read_config, read_json, require, update_expert_bias, write_beside, write_json)
 from sample import PATTERN, Parser, Tokenizer, load_tokenizer, pick_device, run_cli, spellings, text_of, tokenizer_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,6 +113,7 @@ class TrainConfig:
     beta2: float = option(0.95, "AdamW")
     clip: float = option(1.0, "gradients are scaled down to this global norm")
     eval_every: int = option(200, "steps between evaluations on the held-out files; 0: only at the end")
+    eval_tokens: int = option(1 << 19, "held-out tokens an evaluation reads, evenly many of all")
     save_every: int = option(200, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "checkpoints to keep")
     device: str = option("", "default: the accelerator if there is one, else cpu")
@@ -159,15 +160,17 @@ class TrainConfig:
                         choices=("", "lever", "routers"))
 
     def __post_init__(self):
-        self.data = list(self.data)
-        if self.tokens and self.batch_tokens > 0:
-            self.steps, self.tokens = math.ceil(self.tokens / self.batch_tokens), 0.0
         for f in dataclasses.fields(self):
-            require(getattr(self, f.name) in f.metadata.get("choices", [getattr(self, f.name)]),
-                    f"--{f.name} {getattr(self, f.name)!r} is none of {', '.join(f.metadata.get('choices', ()))}")
+            value, kind = getattr(self, f.name), {list: (list, tuple), float: (int, float)}.get(f.type, f.type)
+            require(isinstance(value, kind), f"--{f.name} {value!r} must be of type {f.type.__name__}")
+            require(value in f.metadata.get("choices", [value]),
+                    f"--{f.name} {value!r} is none of {', '.join(f.metadata.get('choices', ()))}")
+        self.data = list(self.data)
+        if self.tokens and self.batch_tokens >= self.seq_len > 0 <= self.batch_warmup_steps:
+            self.steps, self.tokens = steps_of(self, self.tokens), 0.0
         for name, least in dict(steps=1, seq_len=2, batch_tokens=1, micro_batch_tokens=1, batch_warmup_steps=0, warmup_steps=0,
-                                eval_every=0, save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1, spike_width=1, spike_limit=1,
-                                profile=0, merge=0, sync_every=1, sync_warmup=0, ranks=0).items():
+                                eval_every=0, eval_tokens=1, save_every=0, keep=1, seed=0, replicate=0, ep=0, timeout=1, spike_width=1,
+                                spike_limit=1, profile=0, merge=0, sync_every=1, sync_warmup=0, ranks=0).items():
             require(least <= getattr(self, name) < 1 << 40, f"--{name} {getattr(self, name)} must be at least {least} and below 2^40")
         for name in ("lr", "weight_decay", "clip", "spike_z", "sync_seconds", "outer_lr", "outer_clip", "sync_z", "sync_temperature"):
             require(0 <= getattr(self, name) < math.inf, f"--{name} {getattr(self, name)} must be a finite number of at least 0")
@@ -186,10 +189,10 @@ class TrainConfig:
 
 
 TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_steps", "expert_bias_update_rate", "mtp_loss_scaling_factor"}
-MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate", "ep", "recompute",
-              "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width", "spike_limit", "sync",
-              "sync_every", "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr", "outer_momentum", "outer_clip",
-              "plan", "tokens", "mfu", "ranks", "budget", "tensorboard"}                                        # on resuming
+MAY_CHANGE = {"steps", "eval_every", "eval_tokens", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate",
+              "ep", "recompute", "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width",
+              "spike_limit", "sync", "sync_every", "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr",
+              "outer_momentum", "outer_clip", "plan", "tokens", "mfu", "ranks", "budget", "tensorboard"}                                        # on resuming
 
 
 def parse_args(argv):
@@ -223,10 +226,13 @@ def resolve(given_train, given_model):
             run, n = base.with_name(f"{base.name}-{n + 1}"), n + 1
     elif (run / "config.json").exists():
         saved, config = read_json(run / "train.json"), read_config(run)
-        was = saved | dataclasses.asdict(config)
+        require(isinstance(saved, dict), f"{run}/train.json must hold a JSON object; get it back, or start over with --fresh")
+        was, same = saved | dataclasses.asdict(config), None
+        with contextlib.suppress(BadInput):
+            same = dataclasses.replace(config, **given_model) == config                      # --head_dim 0, say
         for key, value in {**given_train, **given_model}.items():
-            require(key in MAY_CHANGE or value == was.get(key), f"--{key} {value}: the run in {run} was started with {was.get(key)!r}; "
-                    "drop the flag to continue it, or add --fresh")
+            require(key in MAY_CHANGE or value == was.get(key) or key in given_model and same, f"--{key} {value}: the run in {run} was "
+                    f"started with {was.get(key)!r}; drop the flag to continue it, or add --fresh")
         names = {f.name for f in dataclasses.fields(TrainConfig)}
         return run, TrainConfig(**{name: value for name, value in {**saved, **given_train}.items() if name in names}), config, True
     train = TrainConfig(**given_train)
@@ -299,6 +305,8 @@ class Team:
     def open_store(self, patience):
         """Where the ranks find each other. torchrun's own store outlives a restart, and in it restarted ranks find the addresses of
         dead ones, and hang (pytorch#135712): so rank 0 opens a store for this attempt alone, and leaves its address there."""
+        require({"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(), "WORLD_SIZE is set, MASTER_ADDR or MASTER_PORT is not: start with "
+                "torchrun, or unset WORLD_SIZE")
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return dist.TCPStore(host, port, self.size, self.rank == 0, timeout=patience)
@@ -318,14 +326,14 @@ class Team:
             time.sleep(0.1)
 
     def first(self, work):
-        """Rank 0 does it, all get the result, which must be JSON. A BadInput ends all, and only rank 0 says so."""
+        """Rank 0 does it, all get the result, which must be JSON. A user's mistake or a full disk ends all, and only rank 0 says so."""
         if self.size == 1:
             return work()
         key, self.told = f"told/{self.told}", self.told + 1
         if self.rank == 0:
             try:
                 result = work()
-            except BadInput:
+            except (BadInput, OSError, MemoryError):
                 self.store.set(key, "")
                 raise
             self.store.set(key, json.dumps([result]))
@@ -460,6 +468,8 @@ def open_shard(path, vocab_size):
     tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset)
     if offset and header[2] != len(tokens):
         raise BadInput(f"{path} holds {len(tokens)} tokens but its header promises {header[2]}; it was cut short")
+    require(offset or dtype != np.uint16 or len(tokens) < 2 or tokens[1:1 << 20:2].any(), f"{path} has no header and looks like 32-bit "
+            f"token ids: every second of its 16-bit numbers is 0; write those of a vocabulary of {vocab_size} as uint16")
     for start in range(0, len(tokens), 1 << 24):
         if (largest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
             raise BadInput(f"{path} has token id {largest}, beyond the vocabulary of {vocab_size}; name its tokenizer with --tokenizer")
@@ -520,12 +530,13 @@ def learn_bpe(texts, size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-def split(names):
-    """-> {"train": names, "val": names held out (none when there are too few files: then the tail of the data is)}."""
+def split(sizes):
+    """sizes {name: how large} -> {"train": names, "val": names held out, of a tenth of the data at most (none when there are too few
+    files: then the tail of the data is)}."""
     parts = {"train": [], "val": []}
-    for name in names:
-        parts["train" if zlib.crc32(name.encode()) % HELD_OUT else "val"].append(name)
-    return parts if all(parts.values()) else {"train": [*names], "val": []}
+    for name in sizes:
+        parts["train" if zlib.crc32(os.fsencode(name)) % HELD_OUT else "val"].append(name)
+    return parts if 0 < sum(sizes[name] for name in parts["val"]) <= sum(sizes.values()) / 10 else {"train": [*sizes], "val": []}
 
 
 def hold_out_tail(arrays):
@@ -538,7 +549,8 @@ def hold_out_tail(arrays):
 
 def open_shards(files, vocab_size):
     opened = {name: open_shard(path, vocab_size) for name, path in files.items()}
-    return hold_out_tail({part: [opened[name] for name in names] for part, names in split(files).items()})
+    sizes = {name: len(array) for name, array in opened.items()}
+    return hold_out_tail({part: [opened[name] for name in names] for part, names in split(sizes).items()})
 
 
 def prepare(train, config, given_model):
@@ -556,7 +568,7 @@ def prepare(train, config, given_model):
     if not shards:
         texts = {name: text for name, path in files.items() if (text := read_text(path))}
         require(texts, f"--data {' '.join(train.data)}: nothing but empty files ({len(files)}); give files with text")
-        parts = split(texts)
+        parts = split({name: len(text) for name, text in texts.items()})
     if learned:
         start, size = time.perf_counter(), int(learned[1])
         print(f"tokenizer: learning {size - 257} byte pairs from {sum(len(texts[name]) for name in parts['train']) / 1e6:.1f} MB",
@@ -579,12 +591,14 @@ def prepare(train, config, given_model):
 def with_vocabulary(train, config, given_model, tokenizer=None):
     """config with its tokenizer's vocabulary, unless preset, flags or weights bring one.
     No tokenizer: its size alone, as a plan needs it."""
-    if "vocab_size" in {**PRESETS[train.preset], **given_model} or train.init:
+    known = "vocab_size" in {**PRESETS[train.preset], **given_model}
+    if train.init or known and tokenizer is None:
         return config
     if tokenizer is None and (learned := re.fullmatch(r"bpe(\d+)", train.tokenizer)):
         return dataclasses.replace(config, vocab_size=int(learned[1]))
     tokenizer = tokenizer or load_tokenizer(train.tokenizer)
-    return dataclasses.replace(config, vocab_size=tokenizer.size, eos_token_id=tokenizer.end)
+    end = tokenizer.end if config.eos_token_id is None else config.eos_token_id
+    return dataclasses.replace(config, eos_token_id=end, **({} if known else {"vocab_size": tokenizer.size}))
 
 
 def write_data(run, arrays):
@@ -601,10 +615,22 @@ def read_data(run, train, config):
     else:
         paths = {part: next((run / "data").glob(f"{part}.*"), None) for part in ("train", "val")}
         require(all(paths.values()), f"{run}/data is incomplete; start over with --fresh")
-        arrays = {part: [np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")] for part, path in paths.items()}
-    size, was = sum(map(len, arrays["train"])), read_json(run / "train.json").get("train_tokens")
+        try:
+            arrays = {part: [np.memmap(path, dtype=np.dtype(path.suffix[1:]), mode="r")] for part, path in paths.items()}
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"{run}/data is damaged ({error}); restore it or start over with --fresh") from None
+    size, saved = sum(map(len, arrays["train"])), read_json(run / "train.json")
+    was = saved.get("train_tokens")
     require(size == was, f"{run} was started on {was} training tokens, now there are {size}; restore the data or start over with --fresh")
+    require(saved.get("train_crc") in (None, crc_of(arrays)),
+            f"{run} was started on other files, or in another order; restore the data or start over with --fresh")
     return arrays
+
+
+def crc_of(arrays):
+    """Of the training data, as far as it is cheap: the length, the beginning and the end of each array, in their order."""
+    return functools.reduce(lambda crc, part: zlib.crc32(b"%d" % len(part) + part[:1 << 16].tobytes() + part[-1 << 16:].tobytes(), crc),
+                            arrays["train"], 0)
 
 
 def permute(i, n, key):
@@ -628,6 +654,7 @@ class Data:
 
     def __init__(self, arrays, train):
         self.S, self.seed, self.train, self.val = train.seq_len, train.seed, arrays["train"], arrays["val"]
+        self.every = -(-sum(map(len, self.val)) // train.eval_tokens)                        # of so many held-out windows one is read
         self.ends = np.cumsum([max(0, len(part) - 1) // self.S for part in self.train])      # windows up to each part
         require(all(len(part) > 1 for part in self.val), "a held-out part of the data has less than two tokens; add data")
         require(self.ends[-1] >= 1, f"the training data has {sum(map(len, self.train))} tokens, less than one window of "
@@ -653,8 +680,8 @@ class Data:
         return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
     def held_out(self, rows, device, rank=0, ranks=1):
-        """All held-out tokens once, in batches of `rows` windows, each rank every so many; all ranks get as many batches."""
-        windows = [part[start:start + self.S + 1] for part in self.val for start in range(0, len(part) - 1, self.S)]
+        """Held-out windows, all or --eval_tokens of them, in batches of `rows`, each rank every so many; all ranks get as many batches."""
+        windows = [part[start:start + self.S + 1] for part in self.val for start in range(0, len(part) - 1, self.S)][::self.every]
         for first in range(0, len(windows), rows * ranks):
             mine = windows[first + rank * rows:first + (rank + 1) * rows]
             yield self.stack(mine + [[]] * (min(rows, len(windows) - first) - len(mine)), device)
@@ -678,7 +705,7 @@ def choose_layout(train, config, team, counts=None):
         replicate = replicate or (team.nodes if team.nodes > 1 else world)
         require(world % replicate == 0,
                 f"--sync edit: {world} ranks cannot form {replicate} equal copies; choose a --replicate that divides them")
-        least = int(batch_schedule(dataclasses.replace(train, steps=1))[1])                  # it only grows
+        least = int(batch_schedule(train, 1)[1])                                             # it only grows
         require(least >= replicate,
                 f"--sync edit: a batch of {least} sequences cannot be shared out to {replicate} copies; raise --batch_tokens")
         require(replicate > 1, "--sync edit needs at least two copies that train on their own; "
@@ -852,12 +879,19 @@ def merge_weights(n, shape):
     return [DECAY[shape](j / n) - DECAY[shape]((j + 1) / n) for j in range(n)]
 
 
-def batch_schedule(train):
+def batch_schedule(train, steps):
     """-> (steps + 1,) int64: number of the first sample of each step; the last entry is the number of samples in the run."""
     full = train.batch_tokens // train.seq_len
-    part = np.minimum(1.0, train.batch_start + (1 - train.batch_start) * np.arange(train.steps) / max(1, train.batch_warmup_steps))
-    part = part if train.batch_warmup_steps else np.ones(train.steps)
+    part = np.minimum(1.0, train.batch_start + (1 - train.batch_start) * np.arange(steps) / max(1, train.batch_warmup_steps))
+    part = part if train.batch_warmup_steps else np.ones(steps)
     return np.concatenate([[0], np.cumsum(np.maximum(1, np.round(full * part)).astype(np.int64))])
+
+
+def steps_of(train, tokens):
+    """How many steps take so many tokens, the batch's warm-up among them."""
+    warm, samples = batch_schedule(train, train.batch_warmup_steps), math.ceil(tokens / train.seq_len)
+    after = math.ceil((samples - int(warm[-1])) / (train.batch_tokens // train.seq_len))
+    return train.batch_warmup_steps + after if after > 0 else int(np.searchsorted(warm, samples))
 
 
 def samples_of(step, first):
@@ -960,10 +994,10 @@ class Saver:
                 sync_folder(self.run)
                 write_beside(self.run / "latest", lambda f: f.write(final.name.encode()))
                 sync_folder(self.run)
-                steps = sorted(self.run.glob("step_*"))
+                steps = checkpoints(self.run)
                 later = steps.index(final) + 1                   # a later one was found damaged, or training would not be here
                 for old in [*steps[:max(0, later - self.keep)], *steps[later:]]:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)
             except OSError as error:
                 failure = str(error)
         failure = self.team.gather(failure, self.group)[0]
@@ -1054,6 +1088,9 @@ class Spikes:
         """Why a row of spikes should stop the run, or None."""
         if len(row) > (self.train.spike_limit if self.train.spike_z else 0):
             (first, low, _), (last, _, high) = row[0], row[-1]
+            if not self.train.spike_z:
+                return (f"step {last}, samples {row[-1][1]} to {high}: the loss or its gradient is not finite, and --spike_z 0 skips no "
+                        f"step; look at these samples, lower --lr from {self.train.lr}, or leave --spike_z at its default")
             return (f"steps {first} to {last}, samples {low} to {high}: {len(row)} spikes in a row, see ledger.jsonl; the last "
                     f"checkpoint is intact: look at these samples, lower --lr from {self.train.lr} and start over with --fresh, "
                     f"or raise --spike_limit from {self.train.spike_limit}")
@@ -1194,7 +1231,7 @@ class Trace:
         folder = run / "trace"
         folder.mkdir(exist_ok=True)
         self.device, self.stem = team.device, folder / f"rank_{team.rank:05d}"
-        self.file = open(self.stem.with_suffix(".jsonl"), "ab", buffering=0)
+        self.file, self.ranks = Log(self.stem.with_suffix(".jsonl")), team.size
         self.host, self.marks, self.seconds = socket.gethostname(), collections.deque(), Counter()
         self.steps, self.open, self.profiler = 0, contextlib.ExitStack(), None
 
@@ -1229,7 +1266,7 @@ class Trace:
         """After a step. profile: the one after which to profile three, for chrome://tracing or Perfetto. last: write what there is."""
         self.steps += not last
         if self.steps == self.EVERY or last:
-            self.file.write(json.dumps({"step": step, "steps": self.steps, "host": self.host, "seconds": self.seconds}).encode() + b"\n")
+            self.file.write({"step": step, "steps": self.steps, "ranks": self.ranks, "host": self.host, "seconds": self.seconds})
             self.seconds, self.steps = Counter(), 0
         if self.profiler and (step >= profile + 3 or last):
             self.label(None)
@@ -1252,7 +1289,10 @@ ADVICE |= {"backward": ADVICE["forward"], "optimizer": ADVICE["forward"]}
 
 def report(run):
     """Print where the time of a run went, which rank the others waited for, and what to try."""
-    traces = {int(path.stem[5:]): found for path in sorted((Path(run) / "trace").glob("rank_*.jsonl")) if (found := [*read_log(path)])}
+    traces = {int(path.stem[5:]): [*read_log(path)] for path in sorted((Path(run) / "trace").glob("rank_*.jsonl"))}
+    newest = max((records[-1] for records in traces.values() if records), key=lambda record: record["step"], default={}).get("ranks")
+    traces = {rank: found for rank, records in traces.items()                                # of as many ranks as it had last
+              if (found := [record for record in records if record.get("ranks") == newest])}
     require(traces, f"--report {run}: no trace there yet; a run writes one after {Trace.EVERY} steps")
     steps = {rank: sum(record["steps"] for record in records) for rank, records in traces.items()}
     spent = {rank: sum((Counter(record["seconds"]) for record in records), Counter()) for rank, records in traces.items()}
@@ -1292,7 +1332,7 @@ def token_sizes(tokenizer, config, device):
 
 @torch.no_grad()
 def evaluate(model, data, token_bytes, rows, team, alive=lambda: None):
-    """Over all held-out tokens: mean cross entropy in nats per token, and bits per byte of text, which compares tokenizers."""
+    """Over the held-out tokens: mean cross entropy in nats per token, and bits per byte of text, which compares tokenizers."""
     sums = torch.zeros(3, dtype=torch.float64)                                               # nats, tokens, bytes
     for x, y in data.held_out(rows, team.device, team.rank, team.size):
         alive()
@@ -1446,7 +1486,7 @@ def settle(run, train, config, team, promised, tokens, seconds):
         said.append(f"memory {promised['memory'] / 1e9:.2f} GB, {memory / 1e9:.2f} measured ({memory / promised['memory'] - 1:+.0%})")
     if promised["tokens_per_s"]:
         said.append(f"{promised['tokens_per_s']:,.0f} tokens/s at MFU {train.mfu:.2f}, {speed:,.0f} at {happened['mfu']:.2f} measured "
-                    f"(of {short(promised['peak'], billion='G')}FLOP/s)")
+                    f"with all that is not training (of {short(promised['peak'], billion='G')}FLOP/s)")
         said += [f"{promised['currency']} {rate * tokens / promised['tokens_per_s']:.2f}, {rate * seconds:.2f} spent"] if rate else []
     print("plan and run: " + "; ".join(said or ["nothing that could be measured here"]))
 
@@ -1500,6 +1540,7 @@ def budget(train, config, given):
     lr, batch = scaling_law(C)
     rounded = max(1, round(batch / S)) * S
     kept = {name: value for name, value in given.items() if name not in ("budget", "plan", "tokens", "fresh", "out")}
+    kept |= {"micro_batch_tokens": train.micro_batch_tokens} if train.micro_batch_tokens != TrainConfig.micro_batch_tokens else {}
     print(
         f"C = {C:.4g} FLOPs, by the scaling laws of Ling, arXiv 2507.17702{extrapolated(C)}\n"
         f"  learning rate  1.1576 C^-0.1529 = {lr:.4g}\n"
@@ -1539,7 +1580,7 @@ def smallest(train, config, counts, device, cpu, choices, base):
 def tokens_of(train):
     """Of a whole run."""
     rising = min(train.steps, train.batch_warmup_steps)
-    start = int(batch_schedule(dataclasses.replace(train, steps=rising))[-1]) * train.seq_len if rising else 0
+    start = int(batch_schedule(train, rising)[-1]) * train.seq_len if rising else 0
     return start + (train.steps - rising) * train.batch_tokens
 
 
@@ -1650,7 +1691,7 @@ def draw(run):
     if loads := [r for r in steps if r.get("load")]:
         draw_load(run, loads)
     draw_cost(run, flops_per_token(config, train.seq_len) * float(steps[-1]["tokens"]), train.mfu)
-    if config.num_hidden_layers > config.first_k_dense_replace and any(run.glob("step_*")):
+    if config.num_hidden_layers > config.first_k_dense_replace and checkpoints(run):
         draw_routing(run, *routing_by_kind(run, train, config))
 
 
@@ -1881,7 +1922,7 @@ def build(train, config, team, resumed):
 def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, promised):
     device = team.device
     resident(reset=True)
-    data, first_sample = Data(arrays, train), batch_schedule(train)
+    data, first_sample = Data(arrays, train), batch_schedule(train, train.steps)
     token_bytes = token_sizes(tokenizer, config, device)
     model = build(train, config, team, resumed)
     optimizer = make_optimizer(model, train)
@@ -1890,6 +1931,8 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     step, tokens_done, saved = (about.get(key, default) for key, default in (("step", 0), ("tokens", None), ("spikes", [])))
     tokens_done = int(first_sample[step]) * train.seq_len if tokens_done is None else tokens_done
     trace = Trace(run, team)
+    if 0 < train.profile <= step:
+        warnings.warn(f"--profile {train.profile}: the run is at step {step} already; give a later one", stacklevel=2)
     edit = EDiT(model, optimizer, train, team, trace, about.get("edit")) if team.replicas > 1 else None
     replica = team.replica if team.replica < len(saved) else 0                               # whose moments; a new replica has the first's
     if resumed:
@@ -1907,8 +1950,9 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     tokens_total = int(first_sample[-1]) * train.seq_len
     print(f"model: {params['total'] / 1e6:.2f}M parameters, {params['active'] / 1e6:.2f}M active per token; "
           f"{flops / 1e6:.1f} MFLOP per token\n"
-          f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out; "
-          f"vocabulary {tokenizer.size}\n" + (f"layout: {layout}\n" if team.size > 1 else "") +
+          f"data: {sum(map(len, data.train)) / 1e6:.2f}M tokens to train on, {sum(map(len, data.val)) / 1e3:.0f}k held out" +
+          f" (1 of {data.every} evaluated)" * (data.every > 1) + f"; vocabulary {tokenizer.size}\n" +
+          (f"layout: {layout}\n" if team.size > 1 else "") +
           f"run: {run}, {train.steps} steps of {train.batch_tokens} tokens ({tokens_total / 1e6:.2f}M), on {device}, "
           f"torch {torch.__version__}" + (f", continuing at step {step}" if step else ""), flush=True)
     stop = {}                                                                                # signal -> when it came
@@ -1920,11 +1964,11 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
     signals = {number: signal.signal(number, on_signal) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}    # nohup's
     logs = (run / "metrics.jsonl", run / "ledger.jsonl") if team.rank == 0 else (os.devnull, os.devnull)
-    metrics, ledger = (open(path, "ab", buffering=0) for path in logs)
+    metrics, ledger = map(Log, logs)
     status, board = Status(), tensorboard()(run / "tensorboard") if train.tensorboard and team.rank == 0 else None
 
     def log(record):
-        metrics.write(json.dumps(record).encode() + b"\n")       # a line at once, or not at all
+        metrics.write(record)
         for key, value in record.items() if board else ():
             if isinstance(value, (int, float)) and key != "step":
                 board.add_scalar(key, value, record["step"])
@@ -2065,7 +2109,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
             ({"steps": [each["tally"]["steps"] for each in told], "weights": weights.mean(1).tolist()} if alone else {}))
         for replica, each in enumerate(told):
             for event in each["events"]:
-                ledger.write(json.dumps({**event, "replica": replica, "logged": step}).encode() + b"\n")
+                ledger.write({**event, "replica": replica, "logged": step})
         spikes.events, tally, round_load = [], Counter(), torch.zeros_like(load, device="cpu")
         if hopeless := next(filter(None, (spikes.hopeless(each["spikes"][2]) for each in told)), None):
             saver.wait()
@@ -2100,7 +2144,7 @@ def train_run(run, train, config, team, tokenizer, arrays, resumed, layout, prom
     if step < train.steps:
         why = ", ".join(signal.Signals(number).name for number in stop) or "another rank was stopped"
         return status.note(f"{why}: saved step {step}; continue with: python train.py --out {shlex.quote(str(run))}")
-    if team.size == 1:                                           # a sharded model would gather all its weights for every token
+    if team.size == 1 and config.max_position_embeddings > 8:    # a sharded model would gather all its weights for every token
         prompt = "" if train.data else "def read"
         text = text_of(model, tokenizer, prompt, min(200, config.max_position_embeddings - 8), temperature=0.8, min_p=0.05,
                        stop_ids=(tokenizer.end,))
@@ -2116,7 +2160,7 @@ def export(run, train, config, team, resumed):
     state = {"model": model.state_dict()}
     load_checkpoint(resumed, state)
     if train.merge:
-        folders, data = [f for f in sorted(run.glob("step_*")) if f <= resumed][-train.merge:], Data(read_data(run, train, config), train)
+        folders, data = [f for f in checkpoints(run) if f <= resumed][-train.merge:], Data(read_data(run, train, config), train)
         require(len(folders) == train.merge, f"--merge {train.merge}: {run} has {len(folders)} good checkpoints; "
                 f"train with --keep {train.merge} and --decay 0")
         for folder in folders:
@@ -2136,14 +2180,38 @@ def export(run, train, config, team, resumed):
         print(f"held-out bits per byte: {last:.4f} of the last checkpoint, {score():.4f} of the mean of {train.merge}, "
               f"{folders[0].name} to {folders[-1].name}")
     model.save_pretrained(out)
-    if tokenizer.file and team.rank == 0:
-        write_beside(Path(out) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
+    if team.rank == 0:
+        for other in Path(out).glob("tokenizer.*"):              # of an earlier export
+            other.unlink()
+        if tokenizer.file:
+            write_beside(Path(out) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
+        copy_companions(run, out)
     print(f"exported {resumed.name if not train.merge else f'the mean of the last {train.merge} checkpoints'} of {run} to {out}")
 
 
 def finished(run, step):
     print(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
           f"next: python sample.py {run} --prompt def   (train on: python train.py --out {run} --steps N)")
+
+
+class Log:
+    """A file of JSON lines, each written at once. A full disk costs lines, and a warning, but not the run."""
+
+    def __init__(self, path):
+        self.path, self.file, self.torn = path, open(path, "ab", buffering=0), False
+
+    def write(self, record):
+        line, written, why = b"\n" * self.torn + json.dumps(record).encode() + b"\n", 0, "no room"
+        try:
+            written = self.file.write(line)
+        except OSError as error:
+            why = error
+        if written < len(line) and not self.torn:
+            warnings.warn(f"{self.path} lacks lines from here on ({why}); make room; training goes on", stacklevel=2)
+        self.torn = written < len(line)
+
+    def close(self):
+        self.file.close()
 
 
 def read_log(path):
@@ -2168,26 +2236,37 @@ def start_run(run, train, config, given_model, continues, replicas):
         for leftover in run.glob("tmp_*"):
             shutil.rmtree(leftover)
         return
-    foreign = next(chain.from_iterable(run.glob(name) for name in ("data", "train.json", "tokenizer.*", "step_*")), None)
+    ours = ("data", "train.json", "tokenizer.*", "step_*", "metrics.jsonl", "ledger.jsonl", "plan.json", "trace")
+    foreign = next(chain.from_iterable(map(run.glob, ours)), None)
     require(not foreign or "train_tokens" in (read_json(run / "train.json") if (run / "train.json").exists() else {}),
             f"--out {run}: {foreign} is there, but no run of train.py, which would write there; choose another folder")
+    require(train.steps <= 10 ** 8, f"--steps {train.steps} must be at most 10^8; raise --batch_tokens")
     tokenizer, config, arrays, shards = prepare(train, config, given_model)
     # fp32 weights and two moments; with --sync edit moments of each replica, and the outer momentum
     size = (12 if replicas == 1 else 8 + 8 * replicas) * sum(count_params(config)[kind] for kind in ("total", "mtp"))
     room = shutil.disk_usage(next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())).free
     require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more "
             f"than the {room / 1e9:.2f} GB free; make room, lower --keep, or choose another --out")
-    run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)                       # train.json first: what is there from then on is ours
     write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__,
-                                    "train_tokens": sum(map(len, arrays["train"]))})         # first: what is there from now on is ours
+                                    "train_tokens": sum(map(len, arrays["train"])), "train_crc": crc_of(arrays)})
     for leftover in run.glob("tokenizer.*"):                                                 # of a start that was killed
         leftover.unlink()
     shutil.rmtree(run / "data", ignore_errors=True)
     if tokenizer.file:
         write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
+    if train.init:
+        copy_companions(train.init, run)
     if not shards:
         write_data(run, arrays)
     write_json(run / "config.json", config.to_dict())                                        # last: its presence makes this a run
+
+
+def copy_companions(source, target):
+    """What chat and other engines read beside the weights of a release."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
+        if (file := Path(source) / name).exists():
+            write_beside(Path(target) / name, lambda f: f.write(file.read_bytes()))
 
 
 def look_ahead(given_train, given_model, base):
@@ -2246,8 +2325,9 @@ def main(argv=None):
     resumed, step = None, 0
     if continues:
         share = slice(team.rank, None, team.size)                                            # each rank checks some of the files
-        resumed = find_checkpoint(run, share, lambda damage: next(filter(None, team.gather(damage)), None))
-        require(resumed or not any(run.glob("step_*")), f"no checkpoint in {run} is intact; start over with --fresh")
+        folders = [Path(name) for name in team.first(lambda: [str(folder) for folder in checkpoints(run)])]      # as rank 0 sees the disk
+        resumed = find_checkpoint(run, folders, share, lambda damage: next(filter(None, team.gather(damage)), None))
+        require(resumed or not folders, f"no checkpoint in {run} is intact; start over with --fresh")
         step = read_json(resumed / "state.json")["step"] if resumed else 0
     require(resumed or not (train.export or train.merge), f"--export, --merge: {run} has no checkpoint yet; train first")
     if train.export or train.merge:
@@ -2255,10 +2335,14 @@ def main(argv=None):
     elif step >= train.steps:
         finished(run, step)
     else:
-        team.first(lambda: start_run(run, asked, config, given_model, continues, team.replicas) or trim_logs(run, step))
-        config = read_config(run)
-        train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout,
-                  forecast(train, config, team, base))
+        with contextlib.ExitStack() as held:
+            lock = lambda now: held.enter_context(hold(run)) if now and team.size == 1 else None     # torchrun's dead may not let go at once
+            lock(continues)
+            team.first(lambda: start_run(run, asked, config, given_model, continues, team.replicas) or trim_logs(run, step))
+            lock(not continues)
+            config = read_config(run)
+            train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout,
+                      forecast(train, config, team, base))
     team.close()
 
 
