@@ -334,7 +334,7 @@ def test_gpu_plan(T, k, E, poisoned):
 
 @pytest.mark.parametrize("T, k, E, D, width, choice", [
     (37, 3, 5, 40, 24, "random"), (64, 2, 4, 64, 32, "random"), (1, 1, 8, 24, 16, "random"), (33, 2, 8, 20, 20, "one"),
-    (2, 8, 256, 8, 8, "random")])
+    (2, 8, 100, 8, 8, "random")])
 def test_gpu_experts(T, k, E, D, width, choice, poisoned):
     """A tile that straddles two experts, columns past an odd width, empty experts, every token on the same ones, top-1, one token."""
     torch.manual_seed(0)
@@ -2405,7 +2405,8 @@ def test_counted_activations_are_those_autograd_keeps(fields):
                          ids=["toy", "wider", "dense"])
 def test_memory_was_planned(flags, folder):
     """A plan that is off by more than a tenth of what the process took, also as --plan alone tells it."""
-    flags = [*flags.split(), "--steps", "4", "--tokenizer", "bytes", "--data", "text.txt"]
+    steps = 3 if "save_every" in flags else 2
+    flags = [*flags.split(), "--steps", str(steps), "--tokenizer", "bytes", "--data", "text.txt"]
     (folder / "text.txt").write_text("some words, again and again\n" * 4000)
     run = lambda *more: subprocess.run([sys.executable, HERE / "train.py", *flags, *more], env=dict(os.environ, OMP_NUM_THREADS="1"),
                                        capture_output=True, text=True)
@@ -2413,7 +2414,9 @@ def test_memory_was_planned(flags, folder):
     assert result.returncode == 0, result.stderr
     found = json.loads((folder / "run/plan.json").read_text())
     assert found["planned"]["memory"] == pytest.approx(found["happened"]["memory"], rel=0.1) and "plan and run: memory" in result.stdout
-    assert found["happened"]["tokens_per_s"] > 0 and found["happened"]["tokens"] == 4 * 4096
+    assert found["happened"]["tokens_per_s"] > 0 and found["happened"]["tokens"] == steps * 4096
+    if steps == 2:
+        return                                                   # a start takes seconds: one is enough to compare
     here = next(line for line in run("--plan").stdout.splitlines() if line.startswith("here")).split()
     assert float(here[12]) * 1e9 == pytest.approx(found["happened"]["memory"], rel=0.1)
 
@@ -2540,7 +2543,7 @@ def test_pictures_of_a_run(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Many processes. Real ones: they run train.py's own loop over gloo, and what one process left behind is what they must leave
 
-TEAM = [*FLAGS, *"--batch_tokens 96 --eval_every 0 --warmup_steps 0".split()]      # 6 sequences: on 4 ranks, one has none
+TEAM = [*FLAGS, *"--batch_tokens 96 --eval_every 0 --eval_tokens 99 --warmup_steps 0".split()]     # 6 sequences: on 4 ranks, one has none
 LING1_FLAGS = "--preset toy-lite --router_warmup_steps 6 --tie_word_embeddings".split()
 LING2_FLAGS = "--first_k_dense_replace 1 --num_nextn_predict_layers 1 --mtp_loss_scaling_factor 0.1 --n_group 4 --topk_group 2".split()
 
@@ -2731,7 +2734,7 @@ def test_the_report_names_the_slow_rank(folder, monkeypatch):
     assert code == 0 and "slowest: rank 1 (" in out and " in data, " in out and "to try: move the data" in out, (out, err)
     for rank in range(3):                                        # and then alone: who is gone is not to blame
         path = Path(f"runs/slow/trace/rank_{rank:05d}.jsonl")
-        path.write_text(path.read_text() + '{"step": 99, "steps": 9, "ranks": 1, "host": "a", "seconds": {"forward": 1, "data": 0}}\n' * (rank == 0))
+        path.write_text(path.read_text() + '{"step": 99, "steps": 9, "ranks": 1, "host": "a", "seconds": {"forward": 1, "data": 0.2}}\n' * (rank == 0))
     assert "1 ranks, 9 steps" in cli(train, "--report", "runs/slow")[1]
     traces = sorted(Path("runs/slow/trace").glob("*_step_00000002.json"))
     assert len(traces) == 3 and {"data", "forward", "backward"} <= {
