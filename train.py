@@ -192,7 +192,7 @@ TRAINING_ONLY = {"router_aux_loss_coef", "router_z_loss_coef", "router_warmup_st
 MAY_CHANGE = {"steps", "eval_every", "eval_tokens", "save_every", "keep", "micro_batch_tokens", "device", "out", "fresh", "replicate",
               "ep", "recompute", "compile", "timeout", "export", "merge", "merge_shape", "profile", "spike_z", "spike_width",
               "spike_limit", "sync", "sync_every", "sync_seconds", "sync_warmup", "sync_z", "sync_temperature", "outer_lr",
-              "outer_momentum", "outer_clip", "plan", "tokens", "mfu", "ranks", "budget", "tensorboard"}                                        # on resuming
+              "outer_momentum", "outer_clip", "plan", "tokens", "mfu", "ranks", "budget", "tensorboard"}    # on resuming
 
 
 def parse_args(argv):
@@ -715,7 +715,7 @@ def choose_layout(train, config, team, counts=None):
         ep = ep or 1
     if not replicate:
         needs = {r: sum(memory_per_rank(config, counts, world, r, ep or 1)[kind] for kind in ("weights", "gradients", "optimizer"))
-                 for r in (world, world // team.local_size, 1)}
+                 for r in (world, world // team.local_size, 1) if world % r == 0}            # hosts need not be alike
         replicate = next((r for r in needs if needs[r] <= room), 1)
         reasons.append(f"replicate {replicate}: training state of {needs[replicate] / 1e9:.2f} GB a rank, "
                        f"where half of memory is {room / 1e9:.0f} GB")
@@ -723,7 +723,7 @@ def choose_layout(train, config, team, counts=None):
         # Gathering a layer's experts twice and reducing their gradients, 2 + 2 + 4 bytes each; against four trips of k rows a token.
         gather = 8 * 3 * E * config.hidden_size * config.moe_intermediate_size
         send = 4 * 2 * config.num_experts_per_tok * config.hidden_size * (train.micro_batch_tokens // train.seq_len) * train.seq_len
-        ep = math.gcd(team.local_size, E) if moe and replicate < world and send < gather else 1
+        ep = math.gcd(team.local_size, E, world) if moe and replicate < world and send < gather else 1
         reasons.append(f"ep {ep}: " + ("experts are not sharded" if replicate == world or not moe else
                        f"a layer sends {send / 1e6:.0f} MB of tokens, or gathers {gather / 1e6:.0f} MB of experts"))
     train = dataclasses.replace(train, replicate=replicate, ep=ep)
