@@ -2748,7 +2748,7 @@ def test_the_report_names_the_slow_rank(folder, monkeypatch):
 @pytest.mark.parametrize("waited, named", [("0.2", ["rank 1"]), ("9.8", ["rank 0", "rank 1"])])
 def test_of_two_in_one_phase_the_silent_one_is_named(waited, named, monkeypatch, capsys):
     """A stopped rank that cannot be told from those who wait for it, because they stand at the same place."""
-    said = {"at/0": "7 9.9 step 3, backward", "at/1": f"7 {waited} step 3, backward"}
+    said = {"at/0": "7 9.9 20 step 3, backward", "at/1": f"7 {waited} 20 step 3, backward"}
     watch = object.__new__(train.Watch)
     watch.team, watch.timeout = types.SimpleNamespace(rank=0, size=2), 10
     watch.place, watch.since = "step 3, backward", time.monotonic() - 11
@@ -2758,6 +2758,25 @@ def test_of_two_in_one_phase_the_silent_one_is_named(waited, named, monkeypatch,
     monkeypatch.setattr(os, "_exit", lambda code: None)
     watch.watch()
     assert re.findall(r"(rank \d), last heard at step 3", capsys.readouterr().err) == named
+
+
+def test_a_rank_that_stops_during_a_save(monkeypatch):
+    """A slow disk taken for a hang; or a rank that is gone taken for a slow disk, for ever."""
+    clock, said = [0.0], {}
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for rank, gone, sees in ((0, 1, True), (0, 0, True), (1, 0, True), (1, 2, False)):       # rank 1 hears rank 0 alone, and it all
+        watch = object.__new__(train.Watch)
+        watch.team, watch.store = types.SimpleNamespace(rank=rank, size=3), types.SimpleNamespace(get=said.get)
+        watch.since, watch.heard = 0, {}
+        for beat in range(1, 9):
+            clock[0] = 10.0 * beat
+            said.update({f"at/{other}": beat for other in range(3) if beat < 4 or other != gone})
+            watch.listen()
+            assert watch.since == (min(clock[0], 30) if sees else clock[0])
+    saver, seen = object.__new__(train.Saver), []
+    saver.watch = types.SimpleNamespace(saving=False)
+    saver.thread = types.SimpleNamespace(join=lambda: seen.append(saver.watch.saving))
+    assert saver.join() and seen == [True] and not saver.watch.saving
 
 
 def torchrun(folder, *flags, restarts=0):

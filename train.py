@@ -375,10 +375,14 @@ class Watch:
 
     def __init__(self, team, timeout, trace):
         self.team, self.timeout, self.trace, self.count, self.place, self.since = team, timeout, trace, 0, "start", time.monotonic()
-        self.done, self.thread = threading.Event(), threading.Thread(target=self.watch, daemon=True)
+        self.heard, self.saving = {}, False                      # what others said last and when; whether this rank waits for a save
+        self.done = threading.Event()
+        # Two: a store whose host is stopped answers never, nor does it say so, and whoever asked waits.
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.speak, self.watch) if team.size > 1]
         if team.size > 1:
             self.store = dist.TCPStore(team.store.host, team.store.port, timeout=datetime.timedelta(seconds=10))   # a connection of its own
-            self.thread.start()
+        for thread in self.threads:
+            thread.start()
 
     def at(self, step, phase):
         """Called by all ranks in the same order, so that the least count is the furthest behind (--sync edit: at each sync anew)."""
@@ -388,31 +392,50 @@ class Watch:
     def stop(self):
         """Before the process ends: a thread inside the store would be an abort then."""
         self.done.set()
-        if self.team.size > 1:
-            self.thread.join()
+        for thread in self.threads:
+            thread.join()
+
+    def speak(self):
+        beat = 0
+        while not self.done.wait(0.5 * (beat > 0)):
+            beat += 1
+            with contextlib.suppress(dist.DistError):
+                self.store.set(f"at/{self.team.rank}", f"{self.count} {time.monotonic() - self.since:.1f} {beat} {self.place}")
+                self.listen() if self.saving else self.heard.clear()
+
+    def listen(self):
+        """A slow disk is no hang, as long as the others live: rank 0 hears all of them, they hear rank 0."""
+        for rank in range(self.team.size) if self.team.rank == 0 else [0]:
+            if (said := self.store.get(f"at/{rank}")) != self.heard.get(rank, (None,))[0]:
+                self.heard[rank] = said, time.monotonic()
+        self.since = max(self.since, min(when for _, when in self.heard.values()))
 
     def watch(self):
         while time.monotonic() - self.since <= self.timeout:
-            with contextlib.suppress(dist.DistError):
-                self.store.set(f"at/{self.team.rank}", f"{self.count} {time.monotonic() - self.since:.1f} {self.place}")
             if self.done.wait(0.5):
                 return
         time.sleep(2)                                                                        # for the others to have said where they are
-        try:
-            said = [self.store.get(key).decode() if self.store.check([key]) else "-1 0 start"
+        behind = []
+        ask = threading.Thread(target=lambda: behind.extend(self.behind()), daemon=True)
+        ask.start()
+        ask.join(10)
+        print(f"train.py: error: hang: rank {self.team.rank} waits at {self.place} since {time.monotonic() - self.since:.0f} s (--timeout "
+              f"{self.timeout}); behind: {'; '.join(behind) or 'rank 0, which does not answer'}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+    def behind(self):
+        """The ranks that are furthest behind, in words."""
+        with contextlib.suppress(dist.DistError):
+            said = [self.store.get(key).decode() if self.store.check([key]) else "-1 0 0 start"
                     for key in (f"at/{rank}" for rank in range(self.team.size))]
             places = [(rank, int(count), float(waited), place)
-                      for rank, (count, waited, place) in enumerate(line.split(" ", 2) for line in said)]
+                      for rank, (count, waited, _, place) in enumerate(line.split(" ", 3) for line in said)]
             least = min(count for _, count, *_ in places)
             last = [entry for entry in places if entry[1] == least]
             silent = [entry for entry in last if entry[2] < self.timeout / 2]                # of those in one phase: who waits says so
-            behind = [f"rank {rank}, last heard at {place}" for rank, *_, place in silent or last]
-        except dist.DistError:
-            behind = ["rank 0, which does not answer"]
-        print(f"train.py: error: hang: rank {self.team.rank} waits at {self.place} since {time.monotonic() - self.since:.0f} s (--timeout "
-              f"{self.timeout}); behind: {'; '.join(behind)}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback()
-        os._exit(1)
+            return [f"rank {rank}, last heard at {place}" for rank, *_, place in silent or last]
+        return []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -953,9 +976,10 @@ class Saver:
     def join(self):
         """Until the thread has ended -> whether there was one."""
         thread, self.thread = self.thread, None
-        while thread is not None and thread.is_alive():
-            thread.join(1)
-            self.watch.since = time.monotonic()                                              # a slow disk is no hang
+        if thread is not None:
+            self.watch.saving = True
+            thread.join()
+            self.watch.saving = False
         return thread is not None
 
     def finish(self, step, about):
