@@ -1721,7 +1721,7 @@ def test_scores(weights):
 def test_a_chat(weights, monkeypatch, capsys):
     """Earlier turns read again, or not seen at all; Ctrl-C that ends the program or leaves half a reply in the way; a conversation that
     outgrows the model and cannot be left."""
-    def talk(*lines, flags=(), interrupt=None):
+    def talk(*lines, flags=(), interrupt=None, says=None):
         said, prompts = iter(lines), []
         monkeypatch.setattr("builtins.input", lambda _: next(said))
         real = sample.render
@@ -1731,6 +1731,7 @@ def test_a_chat(weights, monkeypatch, capsys):
 
         def interrupted(self, token):
             push(self, token)
+            self.text = says or self.text
             if next(count) == interrupt:
                 raise KeyboardInterrupt
         monkeypatch.setattr(sample.Request, "push", interrupted)
@@ -1757,6 +1758,8 @@ def test_a_chat(weights, monkeypatch, capsys):
     made = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     for text in ("a <tool_call> of sorts", "<tool_call>\n3\n</tool_call>", made + "\nAnd more.", f"<think>I might {made}</think>\nNo."):
         assert sample.split_calls(text) == {"content": text}
+    _, _, _, prompts = talk("Repeat after me", "Go on", "/quit", says=made)                  # in ordinary tokens: words about a call
+    assert prompts[1][1] == {"role": "assistant", "content": made}
     thought = "<think>a <tool_call>?</think>\n\n"
     assert sample.split_calls(f"{thought}\n{made}\n") == {"content": thought, "tool_calls": [{"name": "f", "arguments": {}}]}
     with pytest.raises(BadInput, match="knows no tools"):
