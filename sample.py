@@ -147,9 +147,9 @@ def released_tokenizer(path):
         require(cut.get("behavior") == "Isolated" and not cut.get("invert") and [step["type"] for step in rest] == ["ByteLevel"]
                 and not rest[0].get("add_prefix_space") and not rest[0].get("use_regex", True),
                 "it cuts text otherwise than Ling's, whose two steps are Split (Isolated) and a bare ByteLevel")
-        normalizer = raw.get("normalizer")
-        nfc = normalizer is not None
-        require(not nfc or normalizer == {"type": "NFC"}, f"its normalizer is {normalizer}; Ling's is NFC or none")
+        normalizer = raw.get("normalizer") or {"normalizers": []}
+        nfc = bool(kinds := [step["type"] for step in normalizer.get("normalizers", [normalizer])])
+        require({*kinds} <= {"NFC"}, f"it normalises by {', '.join(kinds)}; Ling's by NFC or not at all")
         # GPT-2's alphabet: printable bytes stand for themselves, the rest for code points from 256 on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -840,7 +840,7 @@ def chat(desk, tools):
             line = input("> " if terminal else "").strip()
         except KeyboardInterrupt:                                # perhaps meant for a reply that has just ended
             line = "" if terminal else "/quit"
-            print()
+            print("\n" * terminal, end="")
         except EOFError:
             line = "/quit"
         if line == "/quit":

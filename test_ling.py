@@ -1275,11 +1275,14 @@ def test_released_tokenizer(tmp_path):
         path.write_text(json.dumps(released_json([]) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}))
         with pytest.raises(BadInput, match="cuts text otherwise"):
             sample.load_tokenizer(str(path))
-    for change, words in (({"normalizer": {"type": "NFKC"}}, "its normalizer is"),
+    for change, words in (({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "NFC, Lowercase"),
                           ({"added_tokens": [{"id": 7, "content": "<role>"}]}, "two tokens have one id")):
         path.write_text(json.dumps(released_json([]) | change))
         with pytest.raises(BadInput, match=words):
             sample.load_tokenizer(str(path))
+    for normalizer, ids in (({"type": "Sequence", "normalizers": [{"type": "NFC"}]}, 2), (None, 3)):
+        path.write_text(json.dumps(released_json([]) | {"normalizer": normalizer}))
+        assert len(sample.load_tokenizer(str(path)).encode("e\u0301")) == ids
     gpt2 = released_json([]) | {"pre_tokenizer": {"type": "ByteLevel"}}                      # which cuts words by a pattern of its own
     lacking = released_json([("a", "b")])
     lacking["model"]["vocab"] = {token: i for i, token in enumerate([*list(lacking["model"]["vocab"])[1:], "abc"])}
