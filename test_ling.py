@@ -1668,7 +1668,8 @@ def test_many_prompts_survive_kills(weights):
     assert [answer["id"] for answer in lines_of("out.jsonl")] == ["new", *(answer["id"] for answer in answers)]
     for bad, words in (({"prompt": 3}, "line 1: prompt must be a string"), ({}, '"prompt" or "messages"'),
                        ({"prompt": "x", "tokens": 400}, "line 1: 1 tokens of prompt"), ({"prompt": "x", "top_p": 0}, "line 1: top_p 0"),
-                       ({"prompt": "x", "stop": [""]}, "stop"), ([], "JSON object"), ({"messages": [{"role": "boss"}]}, "bad.jsonl line 1: a message's role is 'boss'"),
+                       ({"prompt": "x", "stop": [""]}, "stop"), ([], "JSON object"),
+                       ({"messages": [{"role": "boss"}]}, "bad.jsonl line 1: a message's role is 'boss'"),
                        ({"messages": [{"role": "user", "content": ["x"]}]}, "must be a string"),
                        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "tool_calls"),
                        ({"messages": [{"role": "user"}], "tools": "f"}, "tools must be a list"),
