@@ -286,7 +286,9 @@ def split_thought(message):
 def split_calls(text):
     """An assistant's text -> {"content", "tool_calls"} of its message. What is in a thought, or no call in JSON, or followed by more than
     calls, stays text."""
-    thought, mark, answer = text.rpartition("</think>")
+    thought, mark, answer = text.partition("</think>")
+    if not mark or "<tool_call>" in thought and "<think>" not in thought:                    # none, or in an argument of a call
+        thought, mark, answer = "", "", text
     content, *calls = re.split(r"\n?<tool_call>\n?", answer)
     try:
         calls = [json.loads(call.strip().removesuffix("</tool_call>")) for call in calls]
@@ -607,7 +609,8 @@ class Engine:
     def choose(self, logits, after):
         """logits (n,V), which follow position p of a request, after[i] = (request, p) -> n ids. Requests that draw alike do so together:
         what each draws is up to its seed and the position."""
-        require(bool(logits.isfinite().all()), "the model's logits are not finite: its weights are broken, or --dtype is too narrow for "
+        low, high = logits.aminmax() if len(logits) else (logits.sum(),) * 2                 # NaN, if there is one
+        require(bool((high - low).isfinite()), "the model's logits are not finite: its weights are broken, or --dtype is too narrow for "
                 "them; try bfloat16 or float32")                 # SYNC
         chosen, alike = [0] * len(after), collections.defaultdict(list)
         for i, (request, p) in enumerate(after):
@@ -890,7 +893,7 @@ def answer_file(desk, path, out, make, held):
     """One line of JSON in `out` (None: stdout) for each line of `path`, as it is finished: "id", what `make` reports, whatever else the
     line held, and a checksum of the request. Run again after whatever happened, only what is missing is done; at the end lines are in
     order. held: an ExitStack, for the lock of `out`."""
-    if old := bool(out) and Path(out).exists():
+    if old := bool(out) and Path(out).is_file():
         held.enter_context(hold(out))
     known = {*SETTINGS, "prompt", "messages", "tools", "stop", "context", "continuation", "choices", "text", "request"}
     weights = [(str(file), file.stat().st_mtime_ns) for file in sorted(desk.folder.resolve().glob("*"))
@@ -918,8 +921,8 @@ def answer_file(desk, path, out, make, held):
         engine.check(request)                                    # before --out is there
     there, start = len(heads) - len(jobs), time.perf_counter()
     told, file, utf8 = start, sys.stdout, bool(out) or (sys.stdout.encoding or "").lower().startswith("utf")
-    if out:
-        file = open(out, "a" if old else "x", encoding="utf-8", errors="backslashreplace")   # x: should another command have made it since
+    if out:                                                      # x: another command may have made it meanwhile
+        file = open(os.path.realpath(out), "a" if old else "x", encoding="utf-8", errors="backslashreplace")
         if not old:
             held.enter_context(hold(out))
     for request in engine.serve(owner):

@@ -1760,6 +1760,8 @@ def test_a_chat(weights, monkeypatch, capsys):
                               '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>')
     assert call == {"content": "I look.", "tool_calls": [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]}
     made = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    said = '<tool_call>\n{"name": "f", "arguments": {"x": "</think>"}}\n</tool_call>'
+    assert sample.split_calls(said)["tool_calls"] == [{"name": "f", "arguments": {"x": "</think>"}}]
     for text in ("a <tool_call> of sorts", "<tool_call>\n3\n</tool_call>", made + "\nAnd more.", f"<think>I might {made}</think>\nNo."):
         assert sample.split_calls(text) == {"content": text}
     _, _, _, prompts = talk("Repeat after me", "Go on", "/quit", says=made)                  # in ordinary tokens: words about a call
@@ -1999,6 +2001,18 @@ def test_two_commands_in_one_run(folder):
             patch.setattr(train.Data, "out", out, raising=False)
             assert cli(train, *FLAGS, "--steps", "4", "--out", out)[0] == 0
     assert len(seen) == 6 and all("another process" in err for err in seen)
+    prepare = train.prepare
+
+    def slowly(*args):                                           # a long tokenization, in which another command is quicker
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "prepare", prepare)
+            assert cli(train, *FLAGS, "--steps", "2", "--out", "runs/race")[0] == 0
+        return prepare(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", slowly)
+        code, _, err = cli(train, *FLAGS, "--seed", "7", "--out", "runs/race")
+    assert code == 2 and "another command has started a run there meanwhile" in err and len(losses(folder / "runs/race")) == 2
+    assert json.loads(Path("runs/race/train.json").read_text())["seed"] == 0
 
 
 def test_what_is_no_checkpoint(folder):

@@ -393,7 +393,7 @@ class Watch:
         """Before the process ends: a thread inside the store would be an abort then."""
         self.done.set()
         for thread in self.threads:
-            thread.join()
+            thread.join(10)
 
     def speak(self):
         beat = 0
@@ -491,7 +491,7 @@ def open_shard(path, vocab_size):
     tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset)
     if offset and header[2] != len(tokens):
         raise BadInput(f"{path} holds {len(tokens)} tokens but its header promises {header[2]}; it was cut short")
-    require(offset or dtype != np.uint16 or len(tokens) < 2 or tokens[1:1 << 20:2].any(), f"{path} has no header and looks like 32-bit "
+    require(offset or dtype != np.uint16 or len(tokens) < 100 or tokens[1:1 << 20:2].any(), f"{path} has no header and looks like 32-bit "
             f"token ids: every second of its 16-bit numbers is 0; write those of a vocabulary of {vocab_size} as uint16")
     for start in range(0, len(tokens), 1 << 24):
         if (largest := int(tokens[start:start + (1 << 24)].max())) >= vocab_size:
@@ -2205,8 +2205,8 @@ def export(run, train, config, team, resumed):
               f"{folders[0].name} to {folders[-1].name}")
     model.save_pretrained(out)
     if team.rank == 0:
-        for other in Path(out).glob("tokenizer.*"):              # of an earlier export
-            other.unlink()
+        for name in ("tokenizer.json", "tokenizer.tiktoken"):    # of an earlier export
+            (Path(out) / name).unlink(missing_ok=True)
         if tokenizer.file:
             write_beside(Path(out) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
         copy_companions(run, out)
@@ -2253,9 +2253,10 @@ def trim_logs(run, step):
         write_beside(path, lambda f: f.write(b"".join(json.dumps(record).encode() + b"\n" for record in kept)))
 
 
-def start_run(run, train, config, given_model, continues, replicas):
-    """What one process does for all before a run starts or goes on: read and check the data, write the run's folder."""
+def start_run(run, train, config, given_model, continues, replicas, lock):
+    """What one process does for all before a run starts or goes on: read and check the data, lock and write the run's folder."""
     if continues:
+        lock()
         write_json(run / "train.json", {**read_json(run / "train.json"), **dataclasses.asdict(train)})      # --steps may have changed
         for leftover in run.glob("tmp_*"):
             shutil.rmtree(leftover)
@@ -2271,7 +2272,11 @@ def start_run(run, train, config, given_model, continues, replicas):
     room = shutil.disk_usage(next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())).free
     require(room >= size * (train.keep + 1), f"{run}: {train.keep} checkpoints of {size / 1e9:.2f} GB and one being written need more "
             f"than the {room / 1e9:.2f} GB free; make room, lower --keep, or choose another --out")
-    run.mkdir(parents=True, exist_ok=True)                       # train.json first: what is there from then on is ours
+    run.mkdir(parents=True, exist_ok=True)
+    lock()
+    require(not (run / "config.json").exists(), f"{run}: another command has started a run there meanwhile; the same command again would "
+            "continue it, another --out starts one of your own")
+    # train.json first: what is there from then on is ours
     write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__,
                                     "train_tokens": sum(map(len, arrays["train"])), "train_crc": crc_of(arrays)})
     for leftover in run.glob("tokenizer.*"):                                                 # of a start that was killed
@@ -2360,10 +2365,8 @@ def main(argv=None):
         finished(run, step)
     else:
         with contextlib.ExitStack() as held:
-            lock = lambda now: held.enter_context(hold(run)) if now and team.size == 1 else None     # torchrun's dead may not let go at once
-            lock(continues)
-            team.first(lambda: start_run(run, asked, config, given_model, continues, team.replicas) or trim_logs(run, step))
-            lock(not continues)
+            lock = lambda: held.enter_context(hold(run)) if team.size == 1 else None         # torchrun's dead may not let go at once
+            team.first(lambda: start_run(run, asked, config, given_model, continues, team.replicas, lock) or trim_logs(run, step))
             config = read_config(run)
             train_run(run, train, config, team, load_tokenizer(str(run)), read_data(run, train, config), resumed, layout,
                       forecast(train, config, team, base))
