@@ -1510,7 +1510,7 @@ def settle(run, train, config, team, promised, tokens, seconds):
         said.append(f"memory {promised['memory'] / 1e9:.2f} GB, {memory / 1e9:.2f} measured ({memory / promised['memory'] - 1:+.0%})")
     if promised["tokens_per_s"]:
         said.append(f"{promised['tokens_per_s']:,.0f} tokens/s at MFU {train.mfu:.2f}, {speed:,.0f} at {happened['mfu']:.2f} measured "
-                    f"with all that is not training (of {short(promised['peak'], billion='G')}FLOP/s)")
+                    f"(of {short(promised['peak'], billion='G')}FLOP/s)")
         said += [f"{promised['currency']} {rate * tokens / promised['tokens_per_s']:.2f}, {rate * seconds:.2f} spent"] if rate else []
     print("plan and run: " + "; ".join(said or ["nothing that could be measured here"]))
 
