@@ -107,7 +107,7 @@ def load_tokenizer(spec):
         raise BadInput(f"{path} has no tokenizer.json or tokenizer.tiktoken; name one with --tokenizer")
     if path.exists():
         return released_tokenizer(path) if path.suffix == ".json" else Tokenizer.from_ranks(read_ranks(path))
-    require(not re.fullmatch(r"bpe\d+", spec), f"tokenizer {spec!r} is learned from a run's text and kept with it; give the run, or its file")
+    require(not re.fullmatch(r"bpe\d+", spec), f"tokenizer {spec!r} is learned in a run and kept with it; give the run, or its file")
     if spec not in tiktoken.list_encoding_names():
         raise BadInput(f"tokenizer {spec!r} is not a file, bytes, bpeN or one of {', '.join(tiktoken.list_encoding_names())}")
     try:
