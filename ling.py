@@ -209,10 +209,11 @@ class LingConfig:
         if architecture == LING1:       # what the official Ling-1 code does whatever the file says
             d |= dict(score_function="softmax", use_qk_norm=False, partial_rotary_factor=1.0, rotary_dim=None, n_group=1, topk_group=1,
                       routed_scaling_factor=1.0, num_nextn_predict_layers=0, moe_router_enable_expert_bias=False)
-            d.setdefault("rms_norm_eps", 1e-5)                   # the official class's, as below
+            d.setdefault("rms_norm_eps", 1e-5)                   # the official class's, where the key is absent
         elif architecture == LING2:     # the official gate ignores score_function and norm_topk_prob: always sigmoid, always normalised
             d |= dict(score_function="sigmoid", norm_topk_prob=True, norm_head=False)
-            d = dict(partial_rotary_factor=1.0, rope_theta=600000.0, max_position_embeddings=32768) | d      # Ling-1T's has rotary_dim
+            # Where a key is absent, the official class's own; a file may bring rotary_dim instead of the factor (Ling-1T).
+            d = dict(partial_rotary_factor=1.0, rope_theta=600000.0, max_position_embeddings=32768) | d
         elif architecture != "Ling":
             raise BadInput(f"architecture {architecture!r} is neither Ling 1 ({LING1}) nor Ling 2 ({LING2})")
         d["num_key_value_heads"] = d.get("num_key_value_heads") or d["num_attention_heads"]
@@ -1004,11 +1005,12 @@ def hold(path):
         return
     handle = os.open(path, os.O_RDONLY)                          # a process that dies lets go
     try:
-        with contextlib.suppress(OSError):                       # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f"{path}: another process is writing there; wait until it is done, or give another --out") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{path}: another process is writing there; wait until it is done, or give another --out") from None
+        except OSError:                                          # a file system without locks
+            pass
         yield
     finally:
         os.close(handle)

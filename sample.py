@@ -609,7 +609,9 @@ class Engine:
     def choose(self, logits, after):
         """logits (n,V), which follow position p of a request, after[i] = (request, p) -> n ids. Requests that draw alike do so together:
         what each draws is up to its seed and the position."""
-        low, high = logits.aminmax() if len(logits) else (logits.sum(),) * 2                 # NaN, if there is one
+        if not after:
+            return []
+        low, high = logits.aminmax()                                                         # NaN, if there is one
         require(bool((high - low).isfinite()), "the model's logits are not finite: its weights are broken, or --dtype is too narrow for "
                 "them; try bfloat16 or float32")                 # SYNC
         chosen, alike = [0] * len(after), collections.defaultdict(list)

@@ -1,4 +1,4 @@
-"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in five to eight minutes:
+"""Why believe it? Every test names the bug it prevents. On a CPU, without a network, in five to ten minutes:
 
     python -m pytest
 """
@@ -1915,8 +1915,11 @@ def test_a_run_from_start_to_text(folder):
     (exported / "chat_template.jinja").write_text("{# its own #}")
     code, _, err = cli(train, *FLAGS[:2], "--init", str(exported), "--tokenizer", "bytes", "--out", "runs/tuned", *FLAGS[16:])
     assert code == 0, err
+    Path("again").mkdir()
+    Path("again/tokenizer.json").write_text("of an earlier export")                          # which would be read first
     assert cli(train, "--out", "runs/tuned", "--export", "again")[0] == 0                    # and other engines find what they read
     assert Path("again/chat_template.jinja").read_text() == "{# its own #}" and Path("again/tokenizer.tiktoken").exists()
+    assert not Path("again/tokenizer.json").exists()
     assert losses(folder / "runs/tuned")[1] < steps[0]["loss"] - 0.2                         # it starts from what it was given
 
 

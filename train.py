@@ -2205,17 +2205,25 @@ def export(run, train, config, team, resumed):
               f"{folders[0].name} to {folders[-1].name}")
     model.save_pretrained(out)
     if team.rank == 0:
-        for name in ("tokenizer.json", "tokenizer.tiktoken"):    # of an earlier export
-            (Path(out) / name).unlink(missing_ok=True)
-        if tokenizer.file:
-            write_beside(Path(out) / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
-        copy_companions(run, out)
+        keep_tokenizer(Path(out), tokenizer, run)
     print(f"exported {resumed.name if not train.merge else f'the mean of the last {train.merge} checkpoints'} of {run} to {out}")
 
 
 def finished(run, step):
     print(f"finished: {step} steps\n  checkpoint {run}/step_{step:08d}\n  metrics    {run}/metrics.jsonl\n"
           f"next: python sample.py {run} --prompt def   (train on: python train.py --out {run} --steps N)")
+
+
+def keep_tokenizer(folder, tokenizer, source):
+    """Beside weights: the tokenizer, and what else chat and other engines read of the release or run they come from ("": of none)."""
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):        # of a start that was killed, or an earlier export
+        (folder / name).unlink(missing_ok=True)
+    files = dict([tokenizer.file] if tokenizer.file else [])
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json") if source else ():
+        if (Path(source) / name).exists():
+            files[name] = (Path(source) / name).read_bytes()
+    for name, content in files.items():
+        write_beside(folder / name, lambda f: f.write(content))
 
 
 class Log:
@@ -2279,23 +2287,11 @@ def start_run(run, train, config, given_model, continues, replicas, lock):
     # train.json first: what is there from then on is ours
     write_json(run / "train.json", {**dataclasses.asdict(train), "fresh": False, "torch": torch.__version__,
                                     "train_tokens": sum(map(len, arrays["train"])), "train_crc": crc_of(arrays)})
-    for leftover in run.glob("tokenizer.*"):                                                 # of a start that was killed
-        leftover.unlink()
-    shutil.rmtree(run / "data", ignore_errors=True)
-    if tokenizer.file:
-        write_beside(run / tokenizer.file[0], lambda f: f.write(tokenizer.file[1]))
-    if train.init:
-        copy_companions(train.init, run)
+    shutil.rmtree(run / "data", ignore_errors=True)                                          # of a start that was killed
+    keep_tokenizer(run, tokenizer, train.init)
     if not shards:
         write_data(run, arrays)
     write_json(run / "config.json", config.to_dict())                                        # last: its presence makes this a run
-
-
-def copy_companions(source, target):
-    """What chat and other engines read beside the weights of a release."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
-        if (file := Path(source) / name).exists():
-            write_beside(Path(target) / name, lambda f: f.write(file.read_bytes()))
 
 
 def look_ahead(given_train, given_model, base):
