@@ -415,7 +415,7 @@ class Segments:
         self.shape, self.device = (layers, 1, slots + 1, config.num_key_value_heads, config.head_dim), device
         self.keys = self.values = self.head_scale = None
         self.users = np.zeros(slots, np.int32)                   # the last slot is nobody's: rows of padding write there
-        self.by_table = device.type != "cpu"
+        self.few = 4 if device.type != "cpu" else 0              # tokens of a request, at most, that go by table
 
     def take(self, n, after):
         """n free slots, or None. First those that follow slot `after` (extend), else the smallest run that holds them (allocate), else
@@ -434,7 +434,7 @@ class Segments:
         rows = [request.slots[start:end] for request, start, end in work]                    # slot and
         at = [np.arange(start, end) for _, start, end in work]                               # position of each token
         self.spans, self.table, n, few = [], None, len(at[0]), 0
-        if self.by_table and n <= 4:                             # the first requests, as far as they have equally few tokens
+        if n <= self.few:                                        # the first requests, as far as they have equally few tokens
             few = next((i for i, each in enumerate(at) if len(each) != n), len(work))
             # Where they are all, as many rows, and columns, as the next power of two: few shapes, each worth a graph.
             nobody, N = self.shape[2] - 1, pow2(few) if few == len(work) else few
@@ -456,7 +456,8 @@ class Segments:
 
     def attend(self, layer, q, k, v):                                                        # (1,T,H,d), (1,T,KV,d) -> (1,T,H,d)
         if self.keys is None:
-            self.keys, self.values = k.new_zeros(self.shape), k.new_zeros(self.shape)        # what is masked must not be NaN
+            # Zeros, as what is masked must not be NaN; a tensor for each layer, as compiled code writes into those it is given.
+            self.keys, self.values = ([k.new_zeros(self.shape[1:]) for _ in range(self.shape[0])] for _ in "kv")
         keys, values = self.keys[layer], self.values[layer]                                  # (1,slots,KV,d)
         keys.index_copy_(1, self.rows, k)
         values.index_copy_(1, self.rows, v)
@@ -472,23 +473,39 @@ class Segments:
 class Engine:
     """Continuous batching: every pass carries the next token of each request that generates and a stretch of those that are still
     read; a finished one makes room at once. slots: positions the buffer holds. batch: requests at a time. chunk: tokens a pass.
-    speculate: the MTP block guesses a token more, which the next pass checks: what is drawn never depends on the guess."""
+    speculate: the MTP block guesses a token more, which the next pass checks: what is drawn never depends on the guess.
+    compile: torch.compile for passes by table, on a CPU."""
 
     AHEAD = 64                                                   # slots to reserve beyond what is needed now, if there are any
     ALIKE = 32                                                   # a common beginning of fewer tokens is not worth sharing
 
-    def __init__(self, model, slots, batch=64, chunk=None, speculate=False):
+    def __init__(self, model, slots, batch=64, chunk=None, speculate=False, compile=False):
         c = model.config
         require(not speculate or len(model.mtp),
                 "this model has no MTP block to guess with (num_nextn_predict_layers is 0); leave --speculate out")
         self.model, self.batch, self.chunk, self.speculate = model, batch, chunk or max(512, 2 * batch), speculate
         self.device = model.word_embeddings.weight.device
         self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
+        self.cache.few = 1 + speculate if compile else self.cache.few
+        self.compiled = {fn.__name__: torch.compile(fn) for fn in (model.trunk, model.draft, model.logits)} if compile else {}
         self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
         self.routings, self.graphs, self.stream = [], {}, None
         if self.device.type == "cuda":                           # cuDNN's attention, the first choice on H100 and later, makes a plan for
             torch.backends.cuda.enable_cudnn_sdp(False)          # every new length: long pauses. Off for the process, training in it too
+
+    def warm_up(self):
+        """Compile what one request needs before a clock runs. Raises BadInput where torch.compile does not work."""
+        try:
+            for _ in self.serve([Request([0], min(3, len(self.cache.users) - 1))]):
+                pass
+        except BadInput:
+            raise
+        except Exception as error:                               # whatever a compiler says
+            raise BadInput(f"--compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); it needs a C++ compiler and "
+                           "Python's headers; leave it out, or install them") from error
+        self.release(self.kept.pop())
+        self.passes = self.read = self.drawn = self.guessed = self.accepted = 0
 
     def check(self, request):
         """Raises BadInput if a request could never run."""
@@ -582,12 +599,20 @@ class Engine:
         """As a row of the pass that is planned, padded to its length: (1,T)."""
         return torch.tensor([numbers + [0] * (len(self.cache.rows) - len(numbers))], device=self.device)
 
+    def run(self, fn, *args):
+        """A method of the model over the planned pass."""
+        cache = self.cache
+        if not self.compiled or cache.table is None or cache.spans or cache.keys is None:
+            return fn(*args, cache)
+        torch._dynamo.mark_dynamic(cache.table, 1)               # or it would be compiled again for a longer text
+        return self.compiled[fn.__name__](*args, cache)
+
     def trunk(self, tokens):
         """Ling.trunk over the planned pass. On CUDA, a pass by table is one graph for each of its few shapes: hundreds of launches take
         longer than what they launch. (Not yet run on a GPU.)"""
         cache, inputs = self.cache, (tokens, self.cache.rows, self.cache.at, self.cache.table)
         if cache.table is None or cache.spans or not kernels.on_gpu(self.model.norm.weight) or kernels.MODE == "torch":    # that one syncs
-            return self.model.trunk(tokens, cache)
+            return self.run(self.model.trunk, tokens)
         if (shape := (tokens.shape, cache.table.shape)) not in self.graphs:
             self.stream = stream = self.stream or torch.cuda.Stream()    # one: cuBLAS keeps a workspace for each
             still, graph, pool = [t.clone() for t in inputs], torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
@@ -640,7 +665,7 @@ class Engine:
             wanted.append(range(max(start, request.first), end))
             rows += [row + position - start for position in wanted[-1]]
             row += end - start
-        logits = model.logits(x[:, rows], cache)[0] if rows else x.new_empty(0, 1)           # (rows,V) fp32
+        logits = self.run(model.logits, x[:, rows])[0] if rows else x.new_empty(0, 1)           # (rows,V) fp32
         best, row = self.choose(logits, [(request, p) for (request, *_), each in zip(work, wanted) for p in each]), 0
         self.passes, self.read = self.passes + 1, self.read + len(tokens)
         for (request, start, end), positions in zip(work, wanted):
@@ -683,10 +708,10 @@ class Engine:
             row += end - start
         if spans:
             self.cache.plan(spans)
-            h = self.model.draft(x[:, self.row(rows)[0]], self.row(tokens), self.cache)
+            h = self.run(self.model.draft, x[:, self.row(rows)[0]], self.row(tokens))
             ready = [(request, i) for (request, _, end), i in zip(spans, last) if end + 1 == len(request.ids) and request.limit - end > 2]
             if ready:
-                best = self.model.logits(h[:, [i for _, i in ready]], self.cache)[0].argmax(-1).tolist()     # SYNC
+                best = self.run(self.model.logits, h[:, [i for _, i in ready]])[0].argmax(-1).tolist()     # SYNC
                 for (request, _), token in zip(ready, best):
                     request.guess = [token]
 
@@ -746,7 +771,12 @@ class Desk:
         """One whose cache holds so many positions, or as many as --cache_gb allows."""
         c, weight = self.model.config, self.model.word_embeddings.weight
         each = 2 * (c.num_hidden_layers + self.args.speculate) * c.num_key_value_heads * c.head_dim * weight.element_size()
-        return Engine(self.model, min(positions, int(self.args.cache_gb * 1e9) // each), self.args.batch, chunk, self.args.speculate)
+        slots, args = min(positions, int(self.args.cache_gb * 1e9) // each), self.args
+        engine = Engine(self.model, slots, args.batch, chunk, args.speculate, args.compile)
+        if args.compile:
+            print("compiling: 10 seconds to a minute, less the next time", file=sys.stderr)
+            engine.warm_up()
+        return engine
 
     def encode(self, text):
         require(text or self.tokenizer.end is not None, "this tokenizer has no <|endoftext|> to start from; give a text that is not empty")
@@ -1078,6 +1108,7 @@ def main(argv=None):
     add("batch", type=int, default=64, help="requests that share a pass (64)")
     add("cache_gb", type=float, default=4.0, help="largest size of the buffer for keys and values, in GB (4)")
     add("speculate", action="store_true", help="let the MTP block guess one token more a pass; in fp32 what comes out is the same")
+    add("compile", action="store_true", help="on a CPU: generate two to three times as fast, after a wait for torch.compile")
     add("tokenizer", help="needed only where the folder has none: bytes, a file, or a tiktoken name")
     add("checksums", action="store_true", help="first compare the weights' files with the SHA256SUMS beside them")
     add("dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
@@ -1097,6 +1128,8 @@ def main(argv=None):
     settings(args)                                               # wrong flags are told before the weights are read
     folder = Path(args.model) if args.model else newest_run()
     device = pick_device(args.device)
+    require(not args.compile or device.type == "cpu" and kernels.MODE != "torch", "--compile is for CPUs, and for the fast paths: a GPU "
+            "replays its passes without it, and LING_KERNELS=torch compiles badly; leave --compile out")
     if args.checksums:
         verify_checksums(folder)
     model, tokenizer = model_and_tokenizer(folder, args.tokenizer, getattr(torch, args.dtype) if args.dtype else None, device)

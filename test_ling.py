@@ -1500,7 +1500,7 @@ def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, s
         pytest.skip("no MTP block")
     for sampling, alone in zip(SAMPLINGS, texts):
         engine = sample.Engine(model, slots, batch, chunk, speculate)
-        engine.AHEAD, engine.cache.by_table = 4, by_table                                    # as on an accelerator
+        engine.AHEAD, engine.cache.few = 4, 4 * by_table                                    # as on an accelerator
         monkeypatch.setattr(kernels, "MODE", "torch" if by_table and speculate and sampling["temperature"] == 0 else "auto")
         for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **sampling)):
             if TOKENS[i]:
@@ -1522,7 +1522,7 @@ def test_a_graph_for_each_shape(monkeypatch):
     played by the same pass over the tensors that were captured."""
     model, texts, _ = served_alone("ling2")
     engine, replays, stream = sample.Engine(model, 4000, 8, speculate=True), [], types.SimpleNamespace(wait_stream=lambda other: None)
-    engine.AHEAD, engine.cache.by_table = 4, True
+    engine.AHEAD, engine.cache.few = 4, 4
 
     class Graph(contextlib.nullcontext):
         pool = lambda self: None
@@ -1543,6 +1543,30 @@ def test_a_graph_for_each_shape(monkeypatch):
     for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **SAMPLINGS[-1])):
         assert request.ids == PROMPTS[i] + (texts[-1][i] if TOKENS[i] else []), i
     assert len(replays) > 2 * len(engine.graphs) > 2
+
+
+@pytest.mark.parametrize("generation, speculate", [("ling1", False), ("ling2", True)])
+def test_compiled_passes_say_the_same(generation, speculate, monkeypatch):
+    """sample.py --compile: a break in the graph, experts back behind one opaque call, the slots or positions of an earlier pass baked in,
+    passes that are never compiled, or once for every length of text or size of batch."""
+    model, texts, _ = served_alone(generation)
+    graphs, calls, compiler = [], [], torch.compile
+
+    def compiled(fn):
+        run = compiler(fn, fullgraph=True, backend=lambda graph, inputs: graphs.append(fn.__name__) or graph.forward)
+        return lambda *args: calls.append(fn.__name__) or run(*args)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(kernels, "_experts_in_graph", None)
+    torch.compiler.reset()
+    engine = sample.Engine(model, 4000, 4, None, speculate, compile=True)
+    engine.warm_up()
+    assert not engine.kept and not engine.drawn and "trunk" in graphs
+    for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **SAMPLINGS[1])):
+        assert request.ids == PROMPTS[i] + (texts[1][i] if TOKENS[i] else []), i
+    known = len(graphs)
+    assert min(calls.count(name) for name in ("trunk", "logits", "draft")[:2 + speculate]) > engine.passes / 2 and known < 12
+    (long,) = serve(engine, [[1] * 250], [9])                    # 256 columns become 512
+    assert len(long.ids) == 259 and len(graphs) == known, graphs
 
 
 def test_slots_by_hand():
@@ -1582,7 +1606,7 @@ def test_speculation_changes_nothing_but_the_time():
         fresh.ALIKE, fast.accepted, fast.guessed = 1 << 30, 0, 0
         for mine, theirs in zip(serve(fast, longer, [9] * 12, **sampling), serve(fresh, longer, [9] * 12, **sampling)):
             assert mine.ids == theirs.ids and mine.done == theirs.done
-            keys = [engine.cache.keys[:, 0, request.slots[:request.done]] for engine, request in ((fast, mine), (fresh, theirs))]
+            keys = [torch.stack(engine.cache.keys)[:, 0, request.slots[:request.done]] for engine, request in ((fast, mine), (fresh, theirs))]
             torch.testing.assert_close(*keys, atol=1e-5, rtol=0)
         assert (fast.accepted, fast.guessed) == (fresh.accepted, fresh.guessed) and fast.shared > 40 and not fresh.shared
     stopped = sample.Engine(model, 2000, speculate=True)
@@ -1677,6 +1701,21 @@ def test_many_prompts_survive_kills(weights):
         write_lines(weights / "bad.jsonl", [bad])
         code, _, err = cli(sample, "m", "--prompts", "bad.jsonl", "--out", "new.jsonl")
         assert code == 2 and words in err and len(err.splitlines()) == 1 and not Path("new.jsonl").exists(), err
+
+
+def test_no_compiler(weights, monkeypatch):
+    """A traceback of a hundred lines from --compile where there is no g++, or on the first token instead of at the start."""
+    def broken(fn):
+        def run(*args):
+            raise RuntimeError("no g++\nwas found")
+        return run
+    monkeypatch.setattr(torch, "compile", broken)
+    code, out, err = cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile")
+    assert code == 2 and not out and "--compile failed (RuntimeError: no g++); it needs a C++ compiler" in err.splitlines()[-1]
+    code, _, err = cli(sample, "m", "--prompt", "def", "--device", "meta", "--compile")
+    assert code == 2 and "--compile is for CPUs" in err
+    monkeypatch.setattr(kernels, "MODE", "torch")
+    assert "--compile is for CPUs, and for the fast paths" in cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile")[2]
 
 
 def test_scores(weights):
