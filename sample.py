@@ -8,6 +8,7 @@
     python sample.py PATH/Ling-mini-2.0 --prompts in.jsonl --out out.jsonl     # many at once; again: only what is missing
     python sample.py PATH/Ling-mini-2.0 --score in.jsonl                       # log-likelihoods of given continuations
     python sample.py PATH/Ling-mini-base-2.0 --speculate                       # the MTP block guesses, the model checks
+    python sample.py PATH/Ling-mini-2.0 --compile --chat                       # on a CPU: wait a minute, then twice as fast
 
 Text streams to stdout as it comes; tokens per second go to stderr. All of these are one loop, `Engine.serve`: requests of any
 length share each pass through the model, and their keys and values one buffer.
@@ -600,7 +601,8 @@ class Engine:
         return torch.tensor([numbers + [0] * (len(self.cache.rows) - len(numbers))], device=self.device)
 
     def run(self, fn, *args):
-        """A method of the model over the planned pass."""
+        """A method of the model over the planned pass. Compiled, a layer of one token is two fused loops, SDPA and topk, instead of some
+        hundred calls. Passes that read a prompt are matmuls, of a new shape each time, and stay as they are."""
         cache = self.cache
         if not self.compiled or cache.table is None or cache.spans or cache.keys is None:
             return fn(*args, cache)
@@ -1108,7 +1110,7 @@ def main(argv=None):
     add("batch", type=int, default=64, help="requests that share a pass (64)")
     add("cache_gb", type=float, default=4.0, help="largest size of the buffer for keys and values, in GB (4)")
     add("speculate", action="store_true", help="let the MTP block guess one token more a pass; in fp32 what comes out is the same")
-    add("compile", action="store_true", help="on a CPU: generate two to three times as fast, after a wait for torch.compile")
+    add("compile", action="store_true", help="on a CPU: one text or chat at twice the speed, after a wait for torch.compile")
     add("tokenizer", help="needed only where the folder has none: bytes, a file, or a tiktoken name")
     add("checksums", action="store_true", help="first compare the weights' files with the SHA256SUMS beside them")
     add("dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")

@@ -272,10 +272,10 @@ def test_experts_without_a_token(train):
         assert all(t.grad is not None and not t.grad.any() for t in args if t.is_floating_point())
 
 
-@pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (24,), (1, 1030)])
+@pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (24,), (1, 1030), (2, 400), (2, 4, 400)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_one_row_through_a_linear_map(shape, bias):
-    """Generation's own way through a matrix: rank and bias kept, weights on both sides of the size where it changes, a strided row."""
+def test_a_few_rows_through_a_linear_map(shape, bias):
+    """Generation's own way through a matrix: rank and bias kept, weights on both sides of the size where it changes, strided rows."""
     torch.manual_seed(0)
     x, weight = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2], torch.randn(shape[-1], shape[-1])
     b = torch.randn(shape[-1]) if bias else None
@@ -2947,34 +2947,45 @@ def bench(only=None):
         return run
 
     @torch.inference_mode()                                      # for all of them: it helps all of them
-    def decode(model, batch, steps=40):
+    def decode(model, batch, compiled, steps=40):
         prompt = rows[:batch, :128]
+        if isinstance(model, Ling) and compiled:                 # as sample.py --compile does it, drawing included
+            engine = engines.setdefault((model, batch), sample.Engine(model, 8 * 256, chunk=2048, compile=True))
+            news = engine.serve([sample.Request(row, steps + 1, sampling={"temperature": 0}) for row in prompt.tolist()])
+            next(news)                                           # all have read their prompt
+            start = time.perf_counter()
+            for _ in news:
+                pass
+            return batch * steps / (time.perf_counter() - start)
         if isinstance(model, Ling):
-            cache = KVCache(model.config, batch, 128 + steps)
+            cache = KVCache(model.config, batch, 129 + steps)
             forward = lambda ids: model(ids, cache=cache, logits_to_keep=1).logits
         else:
-            from transformers import DynamicCache
-            cache = DynamicCache(config=model.config)
-            forward = lambda ids: model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        ids = forward(prompt)[:, -1].argmax(-1, keepdim=True)
+            from transformers import DynamicCache, StaticCache
+            model.set_experts_implementation("batched_mm" if compiled else "grouped_mm")     # the faster one of each
+            cache = StaticCache(model.config, max_cache_len=256) if compiled else DynamicCache(config=model.config)
+            fast = torch.compile(model.forward) if compiled else model
+            forward = lambda ids: (model if ids.shape[1] > 1 else fast)(
+                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = forward(forward(prompt)[:, -1:].argmax(-1))[:, -1:].argmax(-1)                 # the first passes of each kind do not count
         start = time.perf_counter()
         for _ in range(steps):
-            ids = forward(ids)[:, -1].argmax(-1, keepdim=True)
+            ids = forward(ids)[:, -1:].argmax(-1)
         return batch * steps / (time.perf_counter() - start)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; d256 L6 E16 k4 + 1 shared, vocabulary 4096; "
           "medians taken in turn")
     ms = kernels.bench({name: training_step(model) for name, model in models.items()}, repeats=9)
-    speeds = {name: {b: [] for b in (1, 8)} for name in models}
+    engines, speeds = {}, {name: {(b, compiled): [] for compiled in (False, True) for b in (1, 8)} for name in models}
     for _ in range(7):
         for name, model in models.items():
-            for b in speeds[name]:
-                speeds[name][b].append(decode(model.eval(), b))
-    print(f"{'':28}{'training, 4096 tokens a step':>30}{'decode, batch 1':>18}{'batch 8':>10}   tokens/s")
+            for kind in speeds[name]:
+                speeds[name][kind].append(decode(model.eval(), *kind))
+    print(f"{'':28}{'training, 4096 tokens a step':>30}{'decode, batch 1':>18}{'batch 8':>10}{'compiled, 1':>14}{'8':>10}   tokens/s")
     for name in models:
         ratio = f"{ms[name] / ms['ling']:.2f}x slower" if "ling" in ms else ""
         print(f"{name:28}{4096e3 / ms[name]:14.0f}{ratio:>16}" +
-              "".join(f"{np.median(speeds[name][b]):{w}.0f}" for b, w in ((1, 18), (8, 10))))
+              "".join(f"{np.median(speeds[name][kind]):{w}.0f}" for kind, w in zip(speeds[name], (18, 10, 14, 10))))
     import resource
     print(f"peak resident memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB "
           "(python test_ling.py ling: of one model alone)")
