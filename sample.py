@@ -416,7 +416,7 @@ class Segments:
         self.shape, self.device = (layers, 1, slots + 1, config.num_key_value_heads, config.head_dim), device
         self.keys = self.values = self.head_scale = None
         self.users = np.zeros(slots, np.int32)                   # the last slot is nobody's: rows of padding write there
-        self.few = 4 if device.type != "cpu" else 0              # tokens of a request, at most, that go by table
+        self.by_table = 4 if device.type != "cpu" else 0         # so many tokens of a request, at most, go by table
 
     def take(self, n, after):
         """n free slots, or None. First those that follow slot `after` (extend), else the smallest run that holds them (allocate), else
@@ -435,7 +435,7 @@ class Segments:
         rows = [request.slots[start:end] for request, start, end in work]                    # slot and
         at = [np.arange(start, end) for _, start, end in work]                               # position of each token
         self.spans, self.table, n, few = [], None, len(at[0]), 0
-        if n <= self.few:                                        # the first requests, as far as they have equally few tokens
+        if n <= self.by_table:                                   # the first requests, as far as they have equally few tokens
             few = next((i for i, each in enumerate(at) if len(each) != n), len(work))
             # Where they are all, as many rows, and columns, as the next power of two: few shapes, each worth a graph.
             nobody, N = self.shape[2] - 1, pow2(few) if few == len(work) else few
@@ -487,7 +487,7 @@ class Engine:
         self.model, self.batch, self.chunk, self.speculate = model, batch, chunk or max(512, 2 * batch), speculate
         self.device = model.word_embeddings.weight.device
         self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
-        self.cache.few = 1 + speculate if compile else self.cache.few
+        self.cache.by_table = 1 + speculate if compile else self.cache.by_table
         self.compiled = {fn.__name__: torch.compile(fn) for fn in (model.trunk, model.draft, model.logits)} if compile else {}
         self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports
@@ -496,15 +496,15 @@ class Engine:
             torch.backends.cuda.enable_cudnn_sdp(False)          # every new length: long pauses. Off for the process, training in it too
 
     def warm_up(self):
-        """Compile what one request needs before a clock runs. Raises BadInput where torch.compile does not work."""
+        """Compile what one request needs, before a clock runs. Raises BadInput where torch.compile does not work."""
         try:
             for _ in self.serve([Request([0], min(3, len(self.cache.users) - 1))]):
                 pass
         except BadInput:
             raise
         except Exception as error:                               # whatever a compiler says
-            raise BadInput(f"--compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); it needs a C++ compiler and "
-                           "Python's headers; leave it out, or install them") from error
+            raise BadInput(f"--compile failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); it needs a C++ "
+                           "compiler and Python's headers; leave it out, or install them") from error
         self.release(self.kept.pop())
         self.passes = self.read = self.drawn = self.guessed = self.accepted = 0
 
@@ -667,7 +667,7 @@ class Engine:
             wanted.append(range(max(start, request.first), end))
             rows += [row + position - start for position in wanted[-1]]
             row += end - start
-        logits = self.run(model.logits, x[:, rows])[0] if rows else x.new_empty(0, 1)           # (rows,V) fp32
+        logits = self.run(model.logits, x[:, rows])[0] if rows else x.new_empty(0, 1)        # (rows,V) fp32
         best, row = self.choose(logits, [(request, p) for (request, *_), each in zip(work, wanted) for p in each]), 0
         self.passes, self.read = self.passes + 1, self.read + len(tokens)
         for (request, start, end), positions in zip(work, wanted):
@@ -713,7 +713,7 @@ class Engine:
             h = self.run(self.model.draft, x[:, self.row(rows)[0]], self.row(tokens))
             ready = [(request, i) for (request, _, end), i in zip(spans, last) if end + 1 == len(request.ids) and request.limit - end > 2]
             if ready:
-                best = self.run(self.model.logits, h[:, [i for _, i in ready]])[0].argmax(-1).tolist()     # SYNC
+                best = self.run(self.model.logits, h[:, [i for _, i in ready]])[0].argmax(-1).tolist()           # SYNC
                 for (request, _), token in zip(ready, best):
                     request.guess = [token]
 
@@ -775,7 +775,7 @@ class Desk:
         each = 2 * (c.num_hidden_layers + self.args.speculate) * c.num_key_value_heads * c.head_dim * weight.element_size()
         slots, args = min(positions, int(self.args.cache_gb * 1e9) // each), self.args
         engine = Engine(self.model, slots, args.batch, chunk, args.speculate, args.compile)
-        if args.compile:
+        if args.compile and slots > 1:                           # 0: every prompt has its answer already
             print("compiling: 10 seconds to a minute, less the next time", file=sys.stderr)
             engine.warm_up()
         return engine
@@ -1124,6 +1124,7 @@ def main(argv=None):
     require(args.batch >= 1 and 0 < args.cache_gb <= 1e6,
             f"--batch {args.batch} must be at least 1, --cache_gb {args.cache_gb} above 0 and at most 1e6")
     require(not (args.speculate and (args.score or args.show_routing)), "--speculate goes with neither --score nor --show_routing")
+    require(not (args.compile and args.score), "--compile does not go with --score, which generates nothing")
     require(not args.show_routing or modes in ([], ["prompt"]), f"--show_routing does not go with --{''.join(modes)}")
     tools = read_json(args.tools) if args.tools else []
     require(isinstance(tools, list), f"{args.tools} must hold a JSON list of functions")

@@ -1500,7 +1500,7 @@ def test_a_request_knows_nothing_of_the_batch(generation, slots, batch, chunk, s
         pytest.skip("no MTP block")
     for sampling, alone in zip(SAMPLINGS, texts):
         engine = sample.Engine(model, slots, batch, chunk, speculate)
-        engine.AHEAD, engine.cache.few = 4, 4 * by_table                                    # as on an accelerator
+        engine.AHEAD, engine.cache.by_table = 4, 4 * by_table                                # as on an accelerator
         monkeypatch.setattr(kernels, "MODE", "torch" if by_table and speculate and sampling["temperature"] == 0 else "auto")
         for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **sampling)):
             if TOKENS[i]:
@@ -1522,7 +1522,7 @@ def test_a_graph_for_each_shape(monkeypatch):
     played by the same pass over the tensors that were captured."""
     model, texts, _ = served_alone("ling2")
     engine, replays, stream = sample.Engine(model, 4000, 8, speculate=True), [], types.SimpleNamespace(wait_stream=lambda other: None)
-    engine.AHEAD, engine.cache.few = 4, 4
+    engine.AHEAD, engine.cache.by_table = 4, 4
 
     class Graph(contextlib.nullcontext):
         pool = lambda self: None
@@ -1716,6 +1716,17 @@ def test_no_compiler(weights, monkeypatch):
     assert code == 2 and "--compile is for CPUs" in err
     monkeypatch.setattr(kernels, "MODE", "torch")
     assert "--compile is for CPUs, and for the fast paths" in cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile")[2]
+
+
+def test_compile_with_many_prompts(weights, monkeypatch):
+    """Other answers than without --compile; a second start, with nothing left to do, that fails in its warm-up."""
+    monkeypatch.setattr(torch, "compile", lambda fn: fn)
+    write_lines(weights / "in.jsonl", [{"prompt": "def f" * i, "tokens": 9} for i in range(1, 5)])
+    assert not cli(sample, "m", "--prompts", "in.jsonl", "--device", "cpu", "--out", "plain.jsonl")[0]
+    for _ in range(2):
+        code, _, err = cli(sample, "m", "--prompts", "in.jsonl", "--device", "cpu", "--out", "out.jsonl", "--compile")
+        assert not code and lines_of("out.jsonl") == lines_of("plain.jsonl"), err
+    assert "0 done, 4 were there already; 0 tokens" in err
 
 
 def test_scores(weights):
