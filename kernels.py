@@ -87,7 +87,7 @@ def case(name):
 
 
 def on_cpu(x):
-    """The CPU twins are eager code for float32 and float64; torch.compile and autocast see the definitions instead."""
+    """The CPU twins are eager code for float32 and float64; torch.compile (but see generates_compiled) and autocast see the definitions."""
     return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
             and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"))
 
@@ -102,7 +102,7 @@ def infers(x):
 
 
 def generates_compiled(x):
-    """Under torch.compile on a CPU without gradients: sample.py --compile."""
+    """Under torch.compile on a CPU without gradients: sample.py --compile, and the sample at the end of train.py --compile."""
     return (torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu"))
 

@@ -438,8 +438,12 @@ class Segments:
         if n <= self.by_table:                                   # the first requests, as far as they have equally few tokens
             few = next((i for i, each in enumerate(at) if len(each) != n), len(work))
             # Where they are all, as many rows, and columns, as the next power of two: few shapes, each worth a graph.
-            nobody, N = self.shape[2] - 1, pow2(few) if few == len(work) else few
-            table = np.full((N, pow2(max(256, *(end for _, _, end in work[:few])))), nobody)
+            ends = [end for _, _, end in work[:few]]
+            nobody, N, columns = self.shape[2] - 1, pow2(few) if few == len(work) else few, pow2(max(256, *ends))
+            if self.device.type == "cpu" and N * columns > 4096 + 4 * sum(ends):             # SDPA would take copies of the longest's size
+                few = 0
+        if few:
+            table = np.full((N, columns), nobody)
             for row, (request, _, end) in zip(table, work):
                 row[:end] = request.slots[:end]
             rows, at = [*rows, np.full((N - few) * n, nobody)], [*at, np.zeros((N - few) * n, np.int64)]
@@ -496,17 +500,23 @@ class Engine:
             torch.backends.cuda.enable_cudnn_sdp(False)          # every new length: long pauses. Off for the process, training in it too
 
     def warm_up(self):
-        """Compile what one request needs, before a clock runs. Raises BadInput where torch.compile does not work."""
+        """With --compile, compile what one request needs, before a clock runs. Raises BadInput where torch.compile does not work."""
+        slots = len(self.cache.users)
+        if not self.compiled or slots < 2:                       # 0: every prompt has its answer already
+            return
+        print("compiling: 10 seconds to a minute, less the next time", file=sys.stderr)
         try:
-            for _ in self.serve([Request([0], min(3, len(self.cache.users) - 1))]):
-                pass
-        except BadInput:
-            raise
+            for ids in ([0], [0], [0, 0]):                       # the first one makes the buffer; two tokens: as with a guess
+                for _ in self.serve([Request(ids, min(3, slots - len(ids)))]):
+                    pass
         except Exception as error:                               # whatever a compiler says
+            if isinstance(error, (BadInput, MemoryError)) or "allocate memory" in str(error):
+                raise
             raise BadInput(f"--compile failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); it needs a C++ "
                            "compiler and Python's headers; leave it out, or install them") from error
-        self.release(self.kept.pop())
-        self.passes = self.read = self.drawn = self.guessed = self.accepted = 0
+        while self.kept:
+            self.release(self.kept.pop())
+        self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0
 
     def check(self, request):
         """Raises BadInput if a request could never run."""
@@ -774,11 +784,7 @@ class Desk:
         c, weight = self.model.config, self.model.word_embeddings.weight
         each = 2 * (c.num_hidden_layers + self.args.speculate) * c.num_key_value_heads * c.head_dim * weight.element_size()
         slots, args = min(positions, int(self.args.cache_gb * 1e9) // each), self.args
-        engine = Engine(self.model, slots, args.batch, chunk, args.speculate, args.compile)
-        if args.compile and slots > 1:                           # 0: every prompt has its answer already
-            print("compiling: 10 seconds to a minute, less the next time", file=sys.stderr)
-            engine.warm_up()
-        return engine
+        return Engine(self.model, slots, args.batch, chunk, args.speculate, args.compile)
 
     def encode(self, text):
         require(text or self.tokenizer.end is not None, "this tokenizer has no <|endoftext|> to start from; give a text that is not empty")
@@ -848,6 +854,7 @@ def one_text(desk, prompt, show_routing):
     request, n = desk.request(ids), len(ids)
     engine = desk.engine(request.limit, max(1, n - 1) if show_routing else None)             # the pass that draws is its own
     engine.check(request)
+    engine.warm_up()
     print(prompt, end="", flush=True)
     start, shown = time.perf_counter(), 0
     for _ in engine.serve([request]):
@@ -871,6 +878,7 @@ def chat(desk, tools):
     desk.encode_chat([*opening, {"role": "user", "content": ""}], tools)                     # a model that cannot chat says so now
     limit, messages, terminal = desk.model.config.max_position_embeddings, [*opening], sys.stdin.isatty()
     engine = desk.engine(limit)
+    engine.warm_up()
     print("/reset forgets the conversation, /tool TEXT answers a tool call, /quit ends; Ctrl-C stops a reply", file=sys.stderr)
     while True:
         try:
@@ -953,6 +961,7 @@ def answer_file(desk, path, out, make, held):
     engine = desk.engine(sum(sorted((request.limit for request in owner), reverse=True)[:2 * desk.args.batch]))
     for request in owner:
         engine.check(request)                                    # before --out is there
+    engine.warm_up()
     there, start = len(heads) - len(jobs), time.perf_counter()
     told, file, utf8 = start, sys.stdout, bool(out) or (sys.stdout.encoding or "").lower().startswith("utf")
     if out:                                                      # x: another command may have made it meanwhile
@@ -1131,8 +1140,8 @@ def main(argv=None):
     settings(args)                                               # wrong flags are told before the weights are read
     folder = Path(args.model) if args.model else newest_run()
     device = pick_device(args.device)
-    require(not args.compile or device.type == "cpu" and kernels.MODE != "torch", "--compile is for CPUs, and for the fast paths: a GPU "
-            "replays its passes without it, and LING_KERNELS=torch compiles badly; leave --compile out")
+    require(not args.compile or device.type == "cpu" and kernels.MODE == "auto", "--compile is for CPUs (a GPU replays its passes without "
+            f"it) and for LING_KERNELS=auto, not {kernels.MODE}; leave it out")
     if args.checksums:
         verify_checksums(folder)
     model, tokenizer = model_and_tokenizer(folder, args.tokenizer, getattr(torch, args.dtype) if args.dtype else None, device)

@@ -281,6 +281,10 @@ def test_a_few_rows_through_a_linear_map(shape, bias):
     b = torch.randn(shape[-1]) if bias else None
     with torch.no_grad():
         got, want = kernels.linear(x, weight, b), F.linear(x, weight, b)
+        if len(shape) > 2 and shape[1] > 1:                                                  # as in sample.py --compile
+            assert worst(torch.compile(kernels.linear, fullgraph=True, backend="aot_eager")(x, weight, b), want) < 2e-6
+        twin = next(twin for when, twin in kernels.linear.twins if when(x, weight, b))
+    assert twin.__name__ == ("_linear_few_rows" if shape[-1] == 400 else "_linear_one_row")
     assert got.shape == want.shape and worst(got, want) < 2e-6
     assert kernels.linear(x, weight.requires_grad_(), b).requires_grad                       # with gradients: torch's own
 
@@ -1561,6 +1565,9 @@ def test_compiled_passes_say_the_same(generation, speculate, monkeypatch):
     engine = sample.Engine(model, 4000, 4, None, speculate, compile=True)
     engine.warm_up()
     assert not engine.kept and not engine.drawn and "trunk" in graphs
+    known = len(graphs)
+    (alone,) = serve(engine, PROMPTS[:1], TOKENS[:1], **SAMPLINGS[1])
+    assert alone.ids == PROMPTS[0] + texts[1][0] and len(graphs) == known, graphs            # one text compiles nothing more
     for i, request in enumerate(serve(engine, PROMPTS, TOKENS, **SAMPLINGS[1])):
         assert request.ids == PROMPTS[i] + (texts[1][i] if TOKENS[i] else []), i
     known = len(graphs)
@@ -1703,6 +1710,21 @@ def test_many_prompts_survive_kills(weights):
         assert code == 2 and words in err and len(err.splitlines()) == 1 and not Path("new.jsonl").exists(), err
 
 
+def test_one_long_text_among_short_ones():
+    """--compile with many prompts: a table as wide as the longest text for all of them, which a CPU copies in every layer."""
+    cache = sample.Segments(LingConfig(**TINY), 8000, 1, torch.device("cpu"))
+    cache.by_table = 1
+
+    def planned(*ends):
+        work = [(sample.Request([1] * end, 1), end - 1, end) for end in ends]
+        for request, _, end in work:
+            request.hold(np.arange(end))
+        cache.plan(work)
+        return cache.table if cache.table is None else tuple(cache.table.shape), len(cache.spans)
+    assert planned(*[300] * 8) == ((8, 512), 0) and planned(*[20] * 8) == ((8, 256), 0)
+    assert planned(*[20] * 7, 3000) == (None, 8) and planned(3000) == ((1, 4096), 0)
+
+
 def test_no_compiler(weights, monkeypatch):
     """A traceback of a hundred lines from --compile where there is no g++, or on the first token instead of at the start."""
     def broken(fn):
@@ -1714,8 +1736,10 @@ def test_no_compiler(weights, monkeypatch):
     assert code == 2 and not out and "--compile failed (RuntimeError: no g++); it needs a C++ compiler" in err.splitlines()[-1]
     code, _, err = cli(sample, "m", "--prompt", "def", "--device", "meta", "--compile")
     assert code == 2 and "--compile is for CPUs" in err
+    code, _, err = cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile", "--tokens", "999")
+    assert code == 2 and "exceed max_position_embeddings" in err and "compiling" not in err      # before the wait
     monkeypatch.setattr(kernels, "MODE", "torch")
-    assert "--compile is for CPUs, and for the fast paths" in cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile")[2]
+    assert "LING_KERNELS=auto, not torch" in cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile")[2]
 
 
 def test_compile_with_many_prompts(weights, monkeypatch):
