@@ -491,7 +491,8 @@ class Engine:
         self.model, self.batch, self.chunk, self.speculate = model, batch, chunk or max(512, 2 * batch), speculate
         self.device = model.word_embeddings.weight.device
         self.cache = Segments(c, slots, c.num_hidden_layers + speculate, self.device)
-        self.cache.by_table = 1 + speculate if compile else self.cache.by_table
+        if compile:
+            self.cache.by_table = 1 + speculate
         self.compiled = {fn.__name__: torch.compile(fn) for fn in (model.trunk, model.draft, model.logits)} if compile else {}
         self.kept = []                                           # finished requests, oldest first, whose keys a later prompt may begin with
         self.passes = self.read = self.shared = self.drawn = self.guessed = self.accepted = 0   # for reports

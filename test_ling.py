@@ -1726,12 +1726,16 @@ def test_one_long_text_among_short_ones():
 
 
 def test_no_compiler(weights, monkeypatch):
-    """A traceback of a hundred lines from --compile where there is no g++, or on the first token instead of at the start."""
-    def broken(fn):
+    """A traceback of a hundred lines from --compile where there is no g++, or on the first token instead of at the start; a compiler that
+    is blamed for too little memory."""
+    def broken(words):
         def run(*args):
-            raise RuntimeError("no g++\nwas found")
-        return run
-    monkeypatch.setattr(torch, "compile", broken)
+            raise RuntimeError(words)
+        monkeypatch.setattr(torch, "compile", lambda fn: run)
+    broken("can't allocate memory")
+    code, _, err = cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile")
+    assert code == 2 and "out of memory" in err and "C++" not in err
+    broken("no g++\nwas found")
     code, out, err = cli(sample, "m", "--prompt", "def", "--device", "cpu", "--compile")
     assert code == 2 and not out and "--compile failed (RuntimeError: no g++); it needs a C++ compiler" in err.splitlines()[-1]
     code, _, err = cli(sample, "m", "--prompt", "def", "--device", "meta", "--compile")
@@ -2985,7 +2989,9 @@ def bench(only=None):
     def decode(model, batch, compiled, steps=40):
         prompt = rows[:batch, :128]
         if isinstance(model, Ling) and compiled:                 # as sample.py --compile does it, drawing included
-            engine = engines.setdefault((model, batch), sample.Engine(model, 8 * 256, chunk=2048, compile=True))
+            if (model, batch) not in engines:
+                engines[model, batch] = sample.Engine(model, 8 * 256, chunk=2048, compile=True)
+            engine = engines[model, batch]
             news = engine.serve([sample.Request(row, steps + 1, sampling={"temperature": 0}) for row in prompt.tolist()])
             next(news)                                           # all have read their prompt
             start = time.perf_counter()
