@@ -1565,6 +1565,7 @@ def test_compiled_passes_say_the_same(generation, speculate, monkeypatch):
     engine = sample.Engine(model, 4000, 4, None, speculate, compile=True)
     engine.warm_up()
     assert not engine.kept and not engine.drawn and "trunk" in graphs
+    assert not speculate or min(graphs.count("trunk"), graphs.count("draft")) >= 2           # with and without a right guess
     known = len(graphs)
     (alone,) = serve(engine, PROMPTS[:1], TOKENS[:1], **SAMPLINGS[1])
     assert alone.ids == PROMPTS[0] + texts[1][0] and len(graphs) == known, graphs            # one text compiles nothing more
